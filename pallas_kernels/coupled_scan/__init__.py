@@ -1,0 +1,42 @@
+"""The coupled selective scan.
+
+api.py        the public functions; check the arguments and pick an implementation
+types.py      couplings, the problem handed to an implementation, the result
+reference.py  one step at a time, as the equations read
+xla.py        associative scan in time chunks, for every backend
+cases.py      shapes and inputs shared by tests and benchmarks
+"""
+
+from pallas_kernels.coupled_scan.api import (
+    Choice,
+    Implementation,
+    choose_implementation,
+    coupled_scan,
+    coupled_scan_step,
+    implementations,
+)
+from pallas_kernels.coupled_scan.types import (
+    Coupling,
+    Full,
+    Independent,
+    ScanInputError,
+    ScanOutput,
+    Shared,
+    UnsupportedError,
+)
+
+__all__ = [
+    "Choice",
+    "Coupling",
+    "Full",
+    "Implementation",
+    "Independent",
+    "ScanInputError",
+    "ScanOutput",
+    "Shared",
+    "UnsupportedError",
+    "choose_implementation",
+    "coupled_scan",
+    "coupled_scan_step",
+    "implementations",
+]
