@@ -1,0 +1,59 @@
+"""Per-modality encoders: features of any width to the model's width."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from cmamba_jax.config import ModelConfig
+from cmamba_jax.models import functional
+
+
+class Encoder(nnx.Module):
+    """A linear map ("linear"), or a causal convolution over time and SiLU ("conv").
+
+    Args:
+        config: width, kind, taps and compute dtype.
+        n_features: F of the modality.
+        rngs: source of the initial parameters.
+    """
+
+    def __init__(self, config: ModelConfig, n_features: int, *, rngs: nnx.Rngs):
+        taps = config.encoder_width if config.encoder == "conv" else 1
+        self.dtype = jnp.dtype(config.compute_dtype)
+        self.activation = jax.nn.silu if config.encoder == "conv" else None
+        fan_in = taps * n_features
+        self.kernel = nnx.Param(functional.uniform_fan_in(rngs.params(), (taps, n_features, config.d_model), fan_in))
+        self.bias = nnx.Param(functional.uniform_fan_in(rngs.params(), (config.d_model,), fan_in))
+
+    def init_state(self, batch_size: int) -> Float[Array, "B W F"]:
+        """The input window before the first step: zeros."""
+        taps, features, _ = self.kernel.shape
+        return jnp.zeros((batch_size, taps - 1, features), jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L F"],
+        *,
+        mask: Bool[Array, "B L"] | None,
+        reset: Bool[Array, "B L"] | None,
+        window: Float[Array, "B W F"],
+    ) -> tuple[Float[Array, "B L E"], Float[Array, "B W F"]]:
+        """Encodes a sequence.
+
+        Args:
+            x: features.
+            mask: False where the modality is missing.
+            reset: True where a new sequence starts.
+            window: the inputs before these.
+
+        Returns:
+            float32 [B, L, d_model], zero where masked, and the window that continues the sequence.
+        """
+        taps, window = functional.history(functional.keep(x.astype(jnp.float32), mask), window, reset)
+        stacked = jnp.concatenate(taps[::-1], axis=-1).astype(self.dtype)  # [B, L, K * F], oldest first
+        kernel = self.kernel[...].astype(self.dtype)
+        out = stacked @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+        if self.activation is not None:
+            out = self.activation(out)
+        return functional.keep(out.astype(jnp.float32), mask), window
