@@ -157,6 +157,7 @@ class CoupledMamba(nnx.Module):
         if not isinstance(batch, Batch):
             batch = Batch(inputs=dict(batch))
         self._check(batch, train, rngs, state)
+        batch = jax.tree.map(jnp.asarray, batch)
         rngs = rngs if train else None
         if state is None:
             state = self.init_state(batch.inputs[self.modalities[0]].shape[0])
@@ -170,7 +171,7 @@ class CoupledMamba(nnx.Module):
             )
             encoded.append(out)
         x = jnp.stack(encoded)
-        seen = None if mask is None else jnp.stack([jnp.asarray(mask[name]) for name in self.modalities])
+        seen = None if mask is None else jnp.stack([mask[name] for name in self.modalities])
 
         layers = []
         for i, block in enumerate(self.blocks):
@@ -211,9 +212,9 @@ class CoupledMamba(nnx.Module):
             Logits [B, K], of this step or of the sequence so far, and the state after it.
         """
         batch = Batch(
-            inputs={name: jnp.asarray(value)[:, None] for name, value in inputs.items()},
-            mask=None if mask is None else {name: jnp.asarray(value)[:, None] for name, value in mask.items()},
-            reset=None if reset is None else jnp.asarray(reset)[:, None],
+            inputs={name: value[:, None] for name, value in inputs.items()},
+            mask=None if mask is None else {name: value[:, None] for name, value in mask.items()},
+            reset=None if reset is None else reset[:, None],
         )
         out = self(batch, state=state)
         return ModelOutput(out.logits[:, 0] if self.task.per == "step" else out.logits, out.state)
@@ -245,6 +246,7 @@ class CoupledMamba(nnx.Module):
         for name, width in self.features:
             if len(shapes[name]) != 3 or shapes[name][:2] != lead or shapes[name][2] != width:
                 raise UserError(f"inputs: expected {expected} with one B and L, got {shapes}")
+        for name in self.modalities:
             if batch.mask is not None and tuple(batch.mask[name].shape) != lead:
                 raise UserError(f"mask of {name}: expected bool {list(lead)}, got {list(batch.mask[name].shape)}")
         if batch.reset is not None and self.task.per == "sequence":

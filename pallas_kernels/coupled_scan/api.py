@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan import reference, xla
@@ -19,6 +18,7 @@ from pallas_kernels.coupled_scan.types import (
     Shared,
     UnsupportedError,
 )
+from pallas_kernels.platform import default_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ _IMPLEMENTATIONS = (
     ),
     Implementation(
         "xla",
-        "associative scan in time chunks that keeps only chunk-boundary states: every coupling, dtype, shape and device",
+        "associative scan in time chunks, keeps only chunk-boundary states: every coupling, dtype, shape and device",
         xla.scan,
         _everything,
     ),
@@ -82,7 +82,7 @@ def choose_implementation(problem: Problem, platform: str | None = None) -> Choi
     Returns:
         The name and the reason.
     """
-    platform = platform or _platform()
+    platform = platform or default_platform()
     del problem
     return Choice("xla", f"no kernel is tested for {platform} yet; the chunked associative scan runs everywhere")
 
@@ -169,7 +169,7 @@ def coupled_scan(
     known = implementations()
     if name not in known:
         raise UnsupportedError(f"unknown scan implementation {name!r}; known: {', '.join(known)} (None picks one)")
-    if why := known[name].unsupported(problem, _platform()):
+    if why := known[name].unsupported(problem, default_platform()):
         raise UnsupportedError(f"scan implementation {name!r} cannot be used here: {why}; use implementation='xla'")
 
     if initial_state is not None:
@@ -240,13 +240,6 @@ def coupled_scan_step(
         implementation="reference",
     )
     return ScanOutput(y=out.y[:, :, 0], final_state=out.final_state)
-
-
-def _platform() -> str:
-    """Platform that the computation is going to run on: "cpu", "gpu" or "tpu"."""
-    device = jax.config.jax_default_device
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _turn(p: Problem) -> Problem:

@@ -10,28 +10,46 @@ and then h_t^m = g^m a_t^m H_{t-1} + u_t^m for all modalities at once.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan import discretize
 from pallas_kernels.coupled_scan.types import Array, Independent, Problem, ScanOutput, Shared
+from pallas_kernels.platform import default_platform
 
-CHUNK = 32  # Steps a chunk: `cmamba bench scan` measures it.
+# Floats of one [T, M, B, D, N] array that still sit in a CPU's cache (measured: `cmamba bench scan --chunk`).
+CACHE_FLOATS = 2**19
+# Accelerators want long chunks: every chunk is a round of kernel launches. Not tuned on hardware yet.
+ACCELERATOR_CHUNK = 64
 
 
-def scan(problem: Problem, *, chunk: int = CHUNK) -> ScanOutput:
+def chunk_length(problem: Problem, platform: str) -> int:
+    """Most steps a chunk.
+
+    On a CPU a chunk should stay in the cache. Everywhere it has to grow with sqrt(L / M), which balances the L / T
+    states that are kept against the T x M states inside a chunk; memory then grows with sqrt(L).
+    """
+    m, b, length, d = problem.x.shape
+    balanced = math.isqrt(length // (4 * m))
+    fast = CACHE_FLOATS // (m * b * d * problem.A.shape[-1]) if platform == "cpu" else ACCELERATOR_CHUNK
+    return min(max(4, balanced, min(fast, 64)), length)
+
+
+def scan(problem: Problem, *, chunk: int | None = None) -> ScanOutput:
     """Solves the problem chunk by chunk.
 
     Args:
         problem: the checked arguments.
-        chunk: most steps a chunk.
+        chunk: most steps a chunk; None: `chunk_length`.
 
     Returns:
         y and the final state.
     """
     p = problem
     length = p.x.shape[2]
+    chunk = chunk or chunk_length(p, default_platform())
     n_chunks = -(-length // chunk)
     steps = -(-length // n_chunks)
     padding = n_chunks * steps - length

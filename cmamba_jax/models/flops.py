@@ -1,0 +1,50 @@
+"""Floating-point operations of a forward pass, counted from the configuration."""
+
+import math
+from collections.abc import Mapping
+
+from cmamba_jax.config import ModelConfig, TaskConfig
+
+
+def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskConfig, length: int) -> dict[str, int]:
+    """Operations of the forward pass of one sample, by part of the model; a multiply-add counts as two.
+
+    Matrix products, convolutions and the scan are counted; norms, activations, exponentials and pooling, which are
+    of lower order, are not. The scan is counted as its sequential form (Eq. 5, 6): for every modality, step, channel
+    and state dt A, (dt x) B, a h + u and the readout C h are six operations, to which a coupling adds the sum over
+    the modalities, one for ``shared``, 2 M for ``full``. Parallel implementations do more.
+
+    Args:
+        config: the model.
+        features: width F of each modality.
+        task: the task; predictions per step apply the head at every step.
+        length: steps L.
+
+    Returns:
+        Operations of "encoders", "projections" (in, selection, dt and out), "convolution", "scan",
+        "layer coupling" (of ``released``) and "head".
+
+    Example:
+        >>> from cmamba_jax.config import ModelConfig, TaskConfig
+        >>> flops = forward_flops(ModelConfig(), {"text": 768, "audio": 74, "vision": 35}, TaskConfig(), length=50)
+        >>> flops["encoders"] == 2 * 50 * (768 + 74 + 35) * 128
+        True
+    """
+    m, f = len(features), config.d_model
+    d, n = config.expand * f, config.d_state
+    rank = config.dt_rank or math.ceil(f / 8)
+    directions = 2 if config.direction == "bidirectional" else 1
+    taps = config.encoder_width if config.encoder == "conv" else 1
+    steps = m * length * config.n_layers
+    coupled = {"shared": 1, "full": 2 * m}.get(config.coupling, 0)
+    mixes = config.n_layers - 1 if config.coupling == "released" else 0
+    fused = f * (m if config.fusion == "concat" else 1)
+    heads = (m if config.fusion == "late" else 1) * (length if task.per == "step" else 1)
+    return {
+        "encoders": 2 * length * taps * sum(features.values()) * f,
+        "projections": 2 * steps * (f * 2 * d + directions * d * (rank + 2 * n) + directions * rank * d + d * f),
+        "convolution": 2 * steps * directions * config.d_conv * d,
+        "scan": (6 + coupled) * steps * directions * d * n,
+        "layer coupling": 2 * mixes * length * m * (m - 1) * f * f,
+        "head": 2 * heads * (fused * config.head_hidden + config.head_hidden * task.n_outputs),
+    }
