@@ -49,6 +49,8 @@ class ModelConfig:
     """y^m = C^m h^m (Algorithm 1) or y^m = C^m SUM_i h^i (Eq. 8)."""
     direction: Literal["causal", "bidirectional"] = "causal"
     """Bidirectional blocks add a second scan that runs backwards in time."""
+    frame: int = 1
+    """Consecutive samples stacked into one step of the model (predictions per sequence only)."""
     encoder: Literal["linear", "conv"] = "linear"
     """Per-modality encoder: a linear map, or a causal convolution over time and SiLU."""
     encoder_width: int = 5
@@ -94,13 +96,13 @@ class SyntheticConfig:
     n_train: int = 4096
     n_valid: int = 512
     n_test: int = 2048
-    length: int = 48
+    length: int = 16
     """Time steps."""
     n_classes: int = 4
     """Symbols of the second modality."""
     delay: int = 3
     """Steps from the cue (first modality) to the symbol that is the label (second modality)."""
-    noise: float = 0.1
+    noise: float = 0.05
     """Standard deviation of the additive noise."""
     seed: int = 0
     """Seed of the generated samples."""
@@ -133,6 +135,8 @@ class AugmentConfig:
     """Largest angle in degrees of a random rotation of three-axis modalities (the same for all of a sample)."""
     time_warp: float = 0.0
     """Standard deviation of a random log speed."""
+    mirror: tuple[float, ...] = ()
+    """Signs (1 or -1) of all features, modality after modality, in a mirror image: half of the samples take it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +201,8 @@ class TrainConfig:
     """Folder of this run; None: the next free number."""
     resume: bool = False
     """Continue the run in run_dir (None: the newest of this experiment)."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """Progress bar; auto: where the output is a terminal or a notebook."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +210,9 @@ class ExperimentConfig:
     """Everything that determines a run."""
 
     name: str
-    data: DataConfig
+    """Name of the experiment and of the folder of its runs."""
+    data: DataConfig | None = None
+    """The data set; None: the samples are given to `fit`."""
     model: ModelConfig = ModelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -160,6 +160,12 @@ def _check_config(config: PipelineConfig, info: DataInfo) -> None:
             f"pipeline.augment.rotation is {config.augment.rotation}, but no modality has three features "
             f"({info.features}), and only these can be rotated; set it to 0"
         )
+    mirror, n_features = config.augment.mirror, sum(info.features.values())
+    if mirror and (len(mirror) != n_features or not {1, -1}.issuperset(mirror)):
+        raise DataError(
+            f"pipeline.augment.mirror is {mirror}, expected {n_features} signs, 1 or -1, one for each feature of "
+            f"{', '.join(info.features)} in this order; correct it, or leave it empty"
+        )
 
 
 def _check_normalizer(normalizer: transforms.Normalizer, info: DataInfo) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -122,7 +122,7 @@ class _Moments:
 
 
 def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
-    """Applies the changes of raw (not yet normalised) samples: time warp, rotation and scale.
+    """Applies the changes of raw (not yet normalised) samples: time warp, mirror image, rotation and scale.
 
     Args:
         sample: a complete sample (see `checks.checked`).
@@ -132,7 +132,8 @@ def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
     Returns:
         A changed sample of the same shapes.
     """
-    return scale(rotate(time_warp(sample, config.time_warp, rng), config.rotation, rng), config.scale, rng)
+    sample = mirror(time_warp(sample, config.time_warp, rng), config.mirror, rng)
+    return scale(rotate(sample, config.rotation, rng), config.scale, rng)
 
 
 def time_warp(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
@@ -183,6 +184,21 @@ def rotate(sample: Sample, largest: float, rng: np.random.Generator) -> Sample:
     angle = np.deg2rad(rng.uniform(0, largest))
     matrix = Rotation.from_rotvec(angle * axis / np.linalg.norm(axis)).as_matrix().astype(np.float32)
     inputs = {name: values @ matrix.T if values.shape[1] == 3 else values for name, values in sample["inputs"].items()}
+    return {**sample, "inputs": inputs}
+
+
+def mirror(sample: Sample, signs: Sequence[float], rng: np.random.Generator) -> Sample:
+    """Multiplies the features by `signs`, those of all modalities in their order, for every other sample at random.
+
+    A left arm moves like the mirror image of a right one. In a mirror across the x axis accelerations (vectors) take
+    the signs (-1, 1, 1) and angular velocities (axial vectors) the opposite ones, (1, -1, -1).
+    """
+    if not signs or rng.uniform() < 0.5:
+        return sample
+    inputs, start = {}, 0
+    for name, values in sample["inputs"].items():
+        inputs[name] = values * np.asarray(signs[start : start + values.shape[1]], np.float32)
+        start += values.shape[1]
     return {**sample, "inputs": inputs}
 
 

@@ -104,10 +104,12 @@ class CoupledMamba(nnx.Module):
             raise UserError("features: expected at least one modality, got none")
         if config.coupling == "released" and m == 1:
             raise UserError("coupling 'released' mixes modalities: it needs at least 2, got 1; use 'independent'")
+        if config.frame > 1 and task.per == "step":
+            raise UserError(f"frame {config.frame} merges steps, but the task has one prediction per step; use frame 1")
         self.config = config
         self.task = task
         self.features = tuple(features.items())
-        self.encoders = nnx.Dict({name: Encoder(config, width, rngs=rngs) for name, width in features.items()})
+        self.encoders = nnx.Dict({name: Encoder(config, config.frame * width, rngs=rngs) for name, width in features.items()})
         self.blocks = nnx.List([CoupledMambaBlock(config, m, rngs=rngs) for _ in range(config.n_layers)])
         n_mixes = config.n_layers - 1 if config.coupling == "released" else 0
         self.mixes = nnx.List([LayerCoupling(config, m, rngs=rngs) for _ in range(n_mixes)])
@@ -146,7 +148,8 @@ class CoupledMamba(nnx.Module):
             batch: a `Batch`, or just its inputs: modality -> [B, L, F_m].
             train: apply dropout.
             rngs: source of the dropout's random numbers, `nnx.Rngs(dropout=key)`; needed if train and dropout > 0.
-            state: result of the steps before these; None: the sequences start here.
+            state: result of the steps before these; None: the sequences start here. With frames, every part but the
+                last has to be a multiple of the frame.
 
         Returns:
             Logits and the state that continues the sequences.
@@ -161,17 +164,18 @@ class CoupledMamba(nnx.Module):
         rngs = rngs if train else None
         if state is None:
             state = self.init_state(batch.inputs[self.modalities[0]].shape[0])
-        mask, reset = batch.mask, batch.reset
+        reset = batch.reset
 
-        encoded, windows = [], {}
+        encoded, masks, windows = [], [], {}
         for name in self.modalities:
-            seen = None if mask is None else mask[name]
-            out, windows[name] = self.encoders[name](
-                batch.inputs[name], mask=seen, reset=reset, window=state.encoders[name]
+            steps, seen = functional.frames(
+                batch.inputs[name], None if batch.mask is None else batch.mask[name], self.config.frame
             )
+            out, windows[name] = self.encoders[name](steps, mask=seen, reset=reset, window=state.encoders[name])
             encoded.append(out)
+            masks.append(seen)
         x = jnp.stack(encoded)
-        seen = None if mask is None else jnp.stack([mask[name] for name in self.modalities])
+        seen = None if batch.mask is None else jnp.stack(masks)
 
         layers = []
         for i, block in enumerate(self.blocks):
@@ -193,7 +197,7 @@ class CoupledMamba(nnx.Module):
     def step(
         self,
         state: ModelState,
-        inputs: Mapping[str, Float[Array, "B F"]],
+        inputs: Mapping[str, Float[Array | np.ndarray, "B *frame F"]],
         *,
         mask: Mapping[str, Array] | None = None,
         reset: Array | None = None,
@@ -204,18 +208,16 @@ class CoupledMamba(nnx.Module):
 
         Args:
             state: from `init_state`, `step` or a call of the model.
-            inputs: modality -> [B, F_m].
-            mask: modality -> bool [B], False where its sample is missing; None: all there.
+            inputs: modality -> [B, F_m], or [B, frame, F_m] for a model with frames.
+            mask: modality -> bool [B] ([B, frame]), False where its sample is missing; None: all there.
             reset: bool [B], True where a new sequence starts (predictions per step only).
 
         Returns:
             Logits [B, K], of this step or of the sequence so far, and the state after it.
         """
-        batch = Batch(
-            inputs={name: value[:, None] for name, value in inputs.items()},
-            mask=None if mask is None else {name: value[:, None] for name, value in mask.items()},
-            reset=None if reset is None else reset[:, None],
-        )
+        batch = Batch(inputs=dict(inputs), mask=None if mask is None else dict(mask), reset=reset)
+        if self.config.frame == 1:
+            batch = jax.tree.map(lambda v: v[:, None], batch)
         out = self(batch, state=state)
         return ModelOutput(out.logits[:, 0] if self.task.per == "step" else out.logits, out.state)
 

@@ -42,7 +42,7 @@ class Encoder(nnx.Module):
         """Encodes a sequence.
 
         Args:
-            x: features.
+            x: features, zero where masked.
             mask: False where the modality is missing.
             reset: True where a new sequence starts.
             window: the inputs before these.
@@ -50,7 +50,7 @@ class Encoder(nnx.Module):
         Returns:
             float32 [B, L, d_model], zero where masked, and the window that continues the sequence.
         """
-        taps, window = functional.history(functional.keep(x.astype(jnp.float32), mask), window, reset)
+        taps, window = functional.history(x.astype(jnp.float32), window, reset)
         stacked = jnp.concatenate(taps[::-1], axis=-1).astype(self.dtype)  # [B, L, K * F], oldest first
         kernel = self.kernel[...].astype(self.dtype)
         out = stacked @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)

@@ -18,7 +18,7 @@ def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskCo
         config: the model.
         features: width F of each modality.
         task: the task; predictions per step apply the head at every step.
-        length: steps L.
+        length: samples L.
 
     Returns:
         Operations of "encoders", "projections" (in, selection, dt and out), "convolution", "scan",
@@ -30,7 +30,7 @@ def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskCo
         >>> flops["encoders"] == 2 * 50 * (768 + 74 + 35) * 128
         True
     """
-    m, f = len(features), config.d_model
+    m, f, length = len(features), config.d_model, math.ceil(length / config.frame)
     d, n = config.expand * f, config.d_state
     rank = config.dt_rank or math.ceil(f / 8)
     directions = 2 if config.direction == "bidirectional" else 1
@@ -41,7 +41,7 @@ def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskCo
     fused = f * (m if config.fusion == "concat" else 1)
     heads = (m if config.fusion == "late" else 1) * (length if task.per == "step" else 1)
     return {
-        "encoders": 2 * length * taps * sum(features.values()) * f,
+        "encoders": 2 * length * taps * config.frame * sum(features.values()) * f,
         "projections": 2 * steps * (f * 2 * d + directions * d * (rank + 2 * n) + directions * rank * d + d * f),
         "convolution": 2 * steps * directions * config.d_conv * d,
         "scan": (6 + coupled) * steps * directions * d * n,

@@ -38,6 +38,25 @@ def keep(x: Float[Array, "... F"], mask: Bool[Array, "..."] | None) -> Float[Arr
     return x if mask is None else jnp.where(mask[..., None], x, 0)
 
 
+def frames(
+    x: Float[Array, "B L F"], mask: Bool[Array, "B L"] | None, size: int
+) -> tuple[Float[Array, "B T S"], Bool[Array, "B T"] | None]:
+    """Stacks `size` consecutive samples into one step of size * F features; the last step is filled up with zeros.
+
+    Returns:
+        The steps, zero where samples are missing, and their mask: True where a sample of the step exists.
+    """
+    x = keep(x, mask)
+    if size == 1:
+        return x, mask
+    batch, length, width = x.shape
+    steps = -(-length // size)
+    rest = ((0, 0), (0, steps * size - length))
+    if mask is not None:
+        mask = jnp.any(jnp.pad(mask, rest).reshape(batch, steps, size), axis=2)
+    return jnp.pad(x, (*rest, (0, 0))).reshape(batch, steps, size * width), mask
+
+
 def history(
     x: Float[Array, "*lead L F"], window: Float[Array, "*lead W F"], reset: Bool[Array, "B L"] | None
 ) -> tuple[list[Float[Array, "*lead L F"]], Float[Array, "*lead W F"]]:

@@ -178,5 +178,8 @@ def test_faults():
     two_axes = data.from_arrays({"sound": np.ones((10, 5, 2))}, np.zeros(10, int))
     with pytest.raises(DataError, match="rotation is 5.0, but no modality has three features"):
         make_pipeline(two_axes, augment=AugmentConfig(rotation=5.0))
+    for wrong in ((1.0, -1.0, 1.0), (1.0, 0.5)):
+        with pytest.raises(DataError, match="expected 2 signs, 1 or -1"):
+            make_pipeline(two_axes, augment=AugmentConfig(mirror=wrong))
     with pytest.raises(DataError, match="normalizer was fitted on the features .* the data has {'sound': 2}"):
         make_pipeline(two_axes, normalizer=make_pipeline().normalizer)

@@ -93,7 +93,7 @@ def test_nothing_to_fit(samples):
         Normalizer.fit(samples, "standard")
 
 
-ALL = AugmentConfig(scale=0.2, rotation=40.0, time_warp=0.3)
+ALL = AugmentConfig(scale=0.2, rotation=40.0, time_warp=0.3, mirror=(-1, 1, 1, 1, -1))
 
 
 def test_augmentation_follows_its_random_numbers(samples):
@@ -124,6 +124,19 @@ def test_rotation_turns_all_sensors_alike_within_the_largest_angle():
         np.testing.assert_array_equal(turned["sound"], vectors[:, :2])
         angles.append(np.degrees(np.arccos((np.trace(matrix) - 1) / 2)))
     assert max(angles) < 30.1 and min(angles) < 5 and np.mean(angles) == pytest.approx(15, abs=5)
+
+
+def test_mirror_flips_the_named_signs_of_half_of_the_samples(samples):
+    signs, rng = (-1, 1, 1, 1, -1), np.random.default_rng(0)
+    mirrored = 0
+    for sample in samples * 10:
+        result = transforms.mirror(sample, signs, rng)
+        flipped = result["inputs"]["imu"][0, 0] == -sample["inputs"]["imu"][0, 0]
+        factor = signs if flipped else np.ones(5)
+        np.testing.assert_array_equal(result["inputs"]["imu"], sample["inputs"]["imu"] * np.float32(factor[:3]))
+        np.testing.assert_array_equal(result["inputs"]["sound"], sample["inputs"]["sound"] * np.float32(factor[3:]))
+        mirrored += flipped
+    assert 160 < mirrored < 240
 
 
 def test_scale_is_one_factor_a_modality(samples):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,12 +89,31 @@ def test_whole_equals_parts_equals_steps(name, per):
         close(steps[-1], whole.logits)
         close(steps[4], first.logits)
     for other in (second.state, state):
-        jax.tree.map(close, other, whole.state)
+        chex.assert_trees_all_close(other, whole.state, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "bidirectional"])
+def test_frames_stack_samples_and_stream():
+    """A model with frames is the same model on stacked samples; a step takes one frame."""
+    config = dataclasses.replace(TINY, frame=3)
+    model, batch = build(config), make_batch()
+    stacked = build(TINY, features={m: 3 * f for m, f in FEATURES.items()})
+    nnx.update(stacked, nnx.state(model, nnx.Param))
+    seen = {m: v.reshape(2, 3, 3).any(2) for m, v in batch.mask.items()}
+    by_hand = {m: np.where(batch.mask[m][..., None], v, 0).reshape(2, 3, -1) for m, v in batch.inputs.items()}
+    whole = run(model, batch)
+    close(whole.logits, run(stacked, Batch(by_hand, seen)).logits)
+
+    state = model.init_state(2)
+    for t in range(0, 9, 3):
+        state = run_step(model, state, *({m: v[:, t : t + 3] for m, v in d.items()} for d in (batch.inputs, batch.mask)))
+        logits, state = state.logits, state.state
+    close(logits, whole.logits)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "bidirectional", "frames"])
 def test_padding_and_its_content_change_nothing(name):
-    model, batch = build({**VARIANTS, "bidirectional": BIDIRECTIONAL}[name]), make_batch()
+    frames = dataclasses.replace(TINY, frame=2)
+    model, batch = build({**VARIANTS, "bidirectional": BIDIRECTIONAL, "frames": frames}[name]), make_batch()
     inputs = {m: np.concatenate([v, np.full_like(v[:, :4], np.nan)], 1) for m, v in batch.inputs.items()}
     mask = {m: np.pad(v, ((0, 0), (0, 4))) for m, v in batch.mask.items()}
     close(run(model, Batch(inputs, mask)).logits, run(model, batch).logits)
@@ -241,6 +261,8 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 
 
 def test_options_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="use frame 1"):
+        build(dataclasses.replace(TINY, frame=2), "step")
     with pytest.raises(UserError, match="at least 2"):
         build(VARIANTS["released"], features={"sound": 3})
     model = build(BIDIRECTIONAL)

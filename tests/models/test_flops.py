@@ -42,6 +42,14 @@ def matmul_flops(jaxpr) -> int:
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("per", ["sequence", "step"])
 def test_matrix_products_are_those_of_the_traced_model(changes, per):
+    check_products(changes, per)
+
+
+def test_matrix_products_with_frames():
+    check_products({"frame": 4, "encoder": "conv"}, "sequence")
+
+
+def check_products(changes, per):
     config, task = ModelConfig(**SMALL | changes), TaskConfig(n_outputs=2, per=per)
 
     def forward(inputs):

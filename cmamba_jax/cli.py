@@ -1,0 +1,240 @@
+"""The command line: words into configurations and calls, nothing else."""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import pathlib
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import cmamba_jax.config
+from cmamba_jax.config import ExperimentConfig
+from cmamba_jax.config_json import check
+from cmamba_jax.errors import UserError
+
+_USAGE = """\
+usage: cmamba COMMAND ...
+
+Coupled Mamba: train, evaluate and use models that fuse modalities.
+
+commands:
+  train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder
+  crossval CONFIG [--section.field VALUE ...]   one run a fold; prints mean and standard deviation
+  info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
+  eval RUN_DIR [--split test]                   score a trained model
+  predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
+  bench {scan,step} ...                         measure the scan, or the host's cost of a training step
+
+CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
+`cmamba train CONFIG --help` lists every field; `cmamba eval --help` and the like explain the other commands.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command and exits: 0, or 2 after a user's mistake, which is one message without a traceback.
+
+    Args:
+        argv: words after ``cmamba``; None: those of the process.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        _run(words)
+    except KeyboardInterrupt:
+        print("cmamba: interrupted; the same command with --resume continues a training run", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        print(f"cmamba: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return
+    command, *rest = words
+    if command not in _COMMANDS:
+        close = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"unknown command {command!r}; expected one of {', '.join(_COMMANDS)}{hint}")
+    _COMMANDS[command](rest)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The errors of all parts that are a user's to mend; imported late, since only a failure needs them."""
+    from cmamba_jax.data import DataError
+    from pallas_kernels import ScanInputError, UnsupportedError
+
+    return UserError, DataError, ScanInputError, UnsupportedError
+
+
+def _train(words: list[str]) -> None:
+    config = _parse_config("train", words)
+    from cmamba_jax.train import fit
+
+    result = fit(config)
+    _print_metrics("test", result.metrics["test"])
+    print(f"report: {result.report}")
+
+
+def _crossval(words: list[str]) -> None:
+    config = _parse_config("crossval", words)
+    from cmamba_jax.train import cross_validate
+
+    result = cross_validate(config)
+    width = max(map(len, result.mean))
+    heads = [f"fold {i}" for i in range(len(result.folds))]
+    print(" " * width, *(f"{head:>8}" for head in [*heads, "mean", "std"]))
+    for name in result.mean:
+        values = [*(fold[name] for fold in result.folds), result.mean[name], result.std[name]]
+        print(f"{name:<{width}}", *(f"{value:8.4f}" for value in values))
+    print(f"written to {result.path}")
+
+
+def _info(words: list[str]) -> None:
+    config = _parse_config("info", words)
+    from cmamba_jax.train.describe import describe
+
+    print(json.dumps(describe(config), indent=2))
+
+
+def _eval(words: list[str]) -> None:
+    def evaluate(
+        run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+        /,
+        split: Literal["train", "valid", "test"] = "test",
+        checkpoint: Literal["best", "last"] = "best",
+    ) -> None:
+        """Score a trained model on a split of its data set.
+
+        Args:
+            run_dir: Folder of the run, such as runs/watch/001.
+            split: Which part of the data.
+            checkpoint: Which parameters.
+        """
+        from cmamba_jax.train import load_run
+
+        _print_metrics(split, load_run(run_dir, which=checkpoint).evaluate(split).metrics)
+
+    tyro.cli(evaluate, args=words, prog="cmamba eval")
+
+
+def _predict(words: list[str]) -> None:
+    def predict(
+        run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+        input: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")],
+        /,
+        output: pathlib.Path | None = None,
+        checkpoint: Literal["best", "last"] = "best",
+    ) -> None:
+        """Predict sequences from .npz files, each with one array [L, F] for every modality.
+
+        Args:
+            run_dir: Folder of the run, such as runs/watch/001.
+            input: An .npz file, or a folder of them.
+            output: File to write, .csv or .jsonl; without it, CSV goes to the screen.
+            checkpoint: Which parameters.
+        """
+        kind = "csv" if output is None else output.suffix.removeprefix(".")
+        if kind not in ("csv", "jsonl"):
+            raise UserError(f"{output}: expected a name that ends in .csv or .jsonl")
+        from cmamba_jax.train.inference import format_predictions, load_run
+
+        run = load_run(run_dir, which=checkpoint)
+        text = format_predictions(run.predict(input), run.info, kind)
+        if output is None:
+            print(text, end="")
+        else:
+            output.write_text(text, encoding="utf-8")
+
+    tyro.cli(predict, args=words, prog="cmamba predict")
+
+
+def _bench(words: list[str]) -> None:
+    if not words or words[0] not in ("scan", "step"):
+        raise UserError(
+            f"bench: expected 'scan' or 'step', got {words[0]!r}" if words else "bench: which, scan or step?"
+        )
+    importlib.import_module(f"cmamba_jax.bench.{words[0]}").main(words[1:])
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "crossval": _crossval,
+    "info": _info,
+    "eval": _eval,
+    "predict": _predict,
+    "bench": _bench,
+}
+
+
+def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
+    """The configuration of a file with the overrides of the command line."""
+    if words[:1] in (["-h"], ["--help"]):
+        print(_USAGE, end="")
+        sys.exit(0)
+    if not words or words[0].startswith("-"):
+        raise UserError(
+            f"{command} needs a CONFIG first: `cmamba {command} configs/watch.py`; "
+            f"`cmamba {command} configs/watch.py --help` lists its fields"
+        )
+    path, *overrides = words
+    default = load_config(pathlib.Path(path))
+    aliases = {"--resume": "--train.resume", "--run-dir": "--train.run-dir", "--run_dir": "--train.run-dir"}
+    overrides = [
+        "=".join([aliases.get(name, name), *value]) for name, *value in (word.split("=", 1) for word in overrides)
+    ]
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[ExperimentConfig],
+        default=default,
+        args=overrides,
+        prog=f"cmamba {command} {path}",
+        description=f"Fields of {path}; defaults are the file's. --resume and --run-dir need no 'train.' before them.",
+    )
+
+
+def load_config(path: pathlib.Path) -> ExperimentConfig:
+    """Runs the function ``config`` of a Python file.
+
+    Raises:
+        UserError: there is no such file or function, it fails, or it returns something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a Python file with config() -> ExperimentConfig")
+    try:
+        make = runpy.run_path(str(path)).get("config")
+        result = make() if make else None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_located(path, error)) from error
+    if make is None:
+        raise UserError(f"{path} has no function config(); expected `def config() -> ExperimentConfig`")
+    if not isinstance(result, ExperimentConfig):
+        raise UserError(f"{path}: config() returned {type(result).__name__}, expected an ExperimentConfig")
+    return check(result)
+
+
+def _located(path: pathlib.Path, error: Exception) -> str:
+    """What went wrong in a configuration file and where, with a guess at a misspelt field."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [1])[-1]
+    message = f"{path}, line {line}: {type(error).__name__}: {error}"
+    if misspelt := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        classes = filter(dataclasses.is_dataclass, vars(cmamba_jax.config).values())
+        names = {field.name for cls in classes for field in dataclasses.fields(cls)}
+        if close := difflib.get_close_matches(misspelt[1], names, n=1):
+            message += f"; did you mean {close[0]!r}?"
+    return message
+
+
+def _print_metrics(split: str, metrics: dict[str, Any]) -> None:
+    print(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

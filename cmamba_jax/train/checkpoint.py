@@ -1,0 +1,214 @@
+"""Checkpoints: the newest and the best training state, written whole or not at all."""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from cmamba_jax.errors import UserError
+from cmamba_jax.train.runs import write_json
+from cmamba_jax.train.state import Params, TrainState
+
+_SEAL = "files.json"
+"""Checksums of all files of a checkpoint, in its folder."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands; everything is a JSON value.
+
+    Attributes:
+        step: batches so far.
+        epoch: epochs finished.
+        best_epoch: epoch of the best validation value, 0 before the first.
+        best_value: that value.
+        data: state of the data iterator.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    best_epoch: int = 0
+    best_value: float = float("nan")
+    data: Any = None
+
+
+class Checkpoints:
+    """The folders ``best`` and ``last`` of a run.
+
+    Each holds one folder a checkpoint, named by its step. Orbax writes into a temporary folder and renames it, so
+    that a killed run leaves complete checkpoints only; checksums of the files tell later whether they have changed.
+    ``last`` keeps two: the older one serves when the newer one is damaged.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._keepers = {name: _open(folder / name, keep) for name, keep in (("best", 1), ("last", 2))}
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, name: str, state: TrainState, position: Position) -> None:
+        """Saves the whole training state.
+
+        Args:
+            name: "best" or "last".
+            state: the state; it may be donated as soon as this returns.
+            position: where the run stands.
+        """
+        keeper = self._keepers[name]
+        # A resumed run comes past steps that the killed one had saved as its best.
+        for newer in [c.step for c in keeper.checkpoints if c.step >= position.step]:
+            keeper.delete(newer)
+        keeper.save_checkpointables(
+            position.step, _parts(state), custom_metadata={"position": dataclasses.asdict(position)}
+        )
+        _seal(self._folder / name / str(position.step))
+
+    def close(self) -> None:
+        """Lets go of the folders."""
+        for keeper in self._keepers.values():
+            keeper.close()
+
+
+def exists(folder: pathlib.Path) -> bool:
+    """Whether a run has saved a state to resume from."""
+    return bool(_steps(folder / "last"))
+
+
+def load_last(folder: pathlib.Path, like: TrainState) -> tuple[TrainState, Position]:
+    """Loads the newest training state.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        like: a state of the same model and optimizer; gives structure, shapes, dtypes and devices.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it belongs to another model; says what to do.
+    """
+    path = _newest(folder / "last")
+    others = [p for p in _steps(path.parent) if p != path]
+    cure = (
+        f"delete {path} to resume from the one before it, step {others[-1].name}"
+        if others
+        else f"delete {path.parent} and start the run again"
+    )
+    parts, position = _load(path, _parts(like), cure)
+    training = parts["training"]
+    key = jax.random.wrap_key_data(training["key"])
+    state = TrainState(training["step"], parts["params"], training["opt_state"], key)
+    return state, position
+
+
+def load_params(folder: pathlib.Path, like: Params, *, name: str = "best") -> tuple[Params, Position]:
+    """Loads the parameters alone.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        like: parameters of the same model.
+        name: "best" or "last".
+
+    Raises:
+        CheckpointError: see `load_last`.
+    """
+    path = _newest(folder / name)
+    other = {"best": "last", "last": "best"}[name]
+    parts, position = _load(
+        path, {"params": like}, f"use the {other} checkpoint (--checkpoint {other}), or train again"
+    )
+    return parts["params"], position
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {
+        "params": state.params,
+        "training": {"step": state.step, "opt_state": state.opt_state, "key": jax.random.key_data(state.key)},
+    }
+
+
+def _open(folder: pathlib.Path, keep: int) -> ocp.training.Checkpointer:
+    folder.mkdir(parents=True, exist_ok=True)
+    return ocp.training.Checkpointer(
+        str(folder.absolute()),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore
+        cleanup_tmp_directories=True,
+    )
+
+
+def _seal(path: pathlib.Path) -> None:
+    files = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    write_json(path / _SEAL, {str(p.relative_to(path)): zlib.crc32(p.read_bytes()) for p in files})
+
+
+def _damage(path: pathlib.Path) -> str:
+    """What is wrong with the files of a checkpoint; empty if nothing is, or if the run was killed before the seal."""
+    if not (path / _SEAL).exists():
+        return ""
+    try:
+        checksums = json.loads((path / _SEAL).read_text(encoding="utf-8"))
+        changed = [name for name, checksum in checksums.items() if zlib.crc32((path / name).read_bytes()) != checksum]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{changed[0]} has changed since it was written" if changed else ""
+
+
+def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Folders of complete checkpoints, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def _newest(folder: pathlib.Path) -> pathlib.Path:
+    if steps := _steps(folder):
+        return steps[-1]
+    raise CheckpointError(f"no checkpoint in {folder}: expected a folder named by its step; train the run first")
+
+
+def _load(path: pathlib.Path, like: dict[str, Any], cure: str) -> tuple[dict[str, Any], Position]:
+    """The parts of a checkpoint that `like` names, and where the run stood."""
+    problem = _damage(path)  # Found here, since Orbax reports a damaged file in many places and at great length.
+    if not problem:
+        try:
+            return _read(path, like)
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax raises whatever its storage raises.
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    raise CheckpointError(f"checkpoint {path} is damaged or incomplete ({problem}); {cure}")
+
+
+def _read(path: pathlib.Path, like: dict[str, Any]) -> tuple[dict[str, Any], Position]:
+    metadata: Any = ocp.checkpointables_metadata(str(path.absolute()))
+    if different := _differences(metadata.metadata["params"], like["params"]):
+        raise CheckpointError(f"checkpoint {path} belongs to another model: {different}")
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    parts = ocp.load_checkpointables(str(path.absolute()), abstract)
+    return parts, Position(**metadata.custom_metadata["position"])
+
+
+def _differences(saved: Any, expected: Any) -> str:
+    """The first parameter in which two models differ; empty if there is none."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+    saved, expected = shapes(saved), shapes(expected)
+    for name in expected | saved:
+        there, here = saved.get(name, "absent"), expected.get(name, "absent")
+        if there != here:
+            return f"parameter {name} is {there} in the checkpoint, {here} in the model"
+    return ""

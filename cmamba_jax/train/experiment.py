@@ -1,0 +1,187 @@
+"""One experiment from data to report."""
+
+import dataclasses
+import math
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import cmamba_jax
+from cmamba_jax import config_json, data
+from cmamba_jax.config import ExperimentConfig
+from cmamba_jax.data import DataInfo, Pipeline, Splits
+from cmamba_jax.errors import UserError
+from cmamba_jax.models import CoupledMamba
+from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
+from cmamba_jax.train.evaluation import Evaluator
+from cmamba_jax.train.objective import make_loss_sum, resolve_loss
+from cmamba_jax.train.report import write_report
+from cmamba_jax.train.writers import MetricWriter, Progress, read_history
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a finished experiment leaves.
+
+    Attributes:
+        run_dir: folder of the run.
+        metrics: metrics of the best checkpoint for the splits "valid" and "test".
+        report: the report's page.
+    """
+
+    run_dir: pathlib.Path
+    metrics: dict[str, dict[str, float]]
+    report: pathlib.Path
+
+
+def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
+    """Trains a model, evaluates its best checkpoint on the test split, once, and writes a report.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from cmamba_jax import config, data, fit
+        >>> rng = np.random.default_rng(0)
+        >>> labels = rng.integers(0, 2, 40)
+        >>> signal, noise = labels[:, None, None] + rng.normal(size=(40, 6, 2)), rng.normal(size=(40, 6, 1))
+        >>> splits = data.from_arrays({"signal": signal, "noise": noise}, labels)
+        >>> result = fit(
+        ...     config.ExperimentConfig(
+        ...         name="mine",
+        ...         model=config.ModelConfig(d_model=8, d_state=4, n_layers=1),
+        ...         train=config.TrainConfig(epochs=1, output=tempfile.mkdtemp()),
+        ...     ),
+        ...     splits,
+        ... )  # doctest: +ELLIPSIS
+        epoch 1/1 ...
+        >>> sorted(result.metrics["test"])
+        ['accuracy', 'auc', 'loss', 'macro_f1', 'weighted_f1']
+
+    Args:
+        config: everything that determines the run.
+        splits: the data set, e.g. from `data.from_arrays`; None: the one that `config.data` describes.
+
+    Returns:
+        Folder, metrics and report of the run.
+
+    Raises:
+        UserError: the configuration, the folder of the run or a checkpoint is wrong, or training diverged.
+        DataError: the data is not as expected.
+    """
+    started = time.perf_counter()
+    config_json.check(config)
+    splits = load_splits(config) if splits is None else splits
+    info = splits.info
+    config = resolve(config, info)
+    loop.check_monitor(config.train.monitor, info.task)
+    pipeline = Pipeline(splits, config.pipeline, seed=config.train.seed)
+    model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
+    graphdef, params = state.split_model(model)
+    predict = state.make_predict_step(graphdef)
+    # Traces the model, so that what it cannot do shows before there is a folder.
+    jax.eval_shape(predict, params, next(iter(pipeline.batches("valid"))))
+
+    run_dir = runs.open_run(config)
+    runs.write_info(run_dir, info)
+    runs.write_json(run_dir / "normalizer.json", pipeline.normalizer.to_dict())
+
+    schedule = optimizer.make_schedule(
+        config.optimizer, steps_per_epoch=pipeline.steps_per_epoch, epochs=config.train.epochs
+    )
+    gradient_transformation = optimizer.make_optimizer(config.optimizer, schedule)
+    loss_sum = make_loss_sum(info.task, config.train)
+    evaluate = Evaluator(predict, loss_sum, info.task)
+    train_state = state.init_state(params, gradient_transformation, seed=config.train.seed)
+    position = checkpoint.Position()
+    batches: Any = pipeline.train()  # A grain iterator, whose state can be read and set.
+    checkpoint_dir = run_dir / "checkpoints"
+    if config.train.resume and checkpoint.exists(checkpoint_dir):
+        train_state, position = checkpoint.load_last(checkpoint_dir, train_state)
+        batches.set_state(position.data)
+
+    writer = MetricWriter(run_dir, start_step=position.step)
+    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=_shows_bar(config))
+    try:
+        with checkpoint.Checkpoints(checkpoint_dir) as checkpoints:
+            train_state, position = loop.train(
+                train_state,
+                position,
+                config=config.train,
+                train_step=state.make_train_step(graphdef, gradient_transformation, loss_sum),
+                validate=lambda params: evaluate(params, pipeline.batches("valid")).metrics,
+                batches=batches,
+                steps_per_epoch=pipeline.steps_per_epoch,
+                batch_size=config.pipeline.batch_size,
+                learning_rate=lambda step: np.asarray(schedule((step - 1) // config.optimizer.accumulate)).item(),
+                checkpoints=checkpoints,
+                writer=writer,
+                progress=progress,
+            )
+    finally:
+        progress.close()
+        writer.close()
+
+    best, _ = checkpoint.load_params(checkpoint_dir, train_state.params)
+    test = evaluate(best, pipeline.batches("test"))
+    metrics = {"valid": evaluate(best, pipeline.batches("valid")).metrics, "test": test.metrics}
+    report = write_report(
+        run_dir,
+        config=config,
+        info=info,
+        metrics=metrics,
+        history=read_history(run_dir),
+        logits=test.logits,
+        labels=test.labels,
+        coupling_tables=nnx.merge(graphdef, best).coupling_tables(),
+        facts=_facts(best, position, time.perf_counter() - started),
+    )
+    return RunResult(run_dir, metrics, report)
+
+
+def load_splits(config: ExperimentConfig) -> Splits:
+    """The data set that the configuration describes.
+
+    Raises:
+        UserError: it describes none.
+        DataError: the data is not as expected.
+    """
+    if config.data is None:
+        raise UserError("config.data is None: set it to WatchConfig, SyntheticConfig or NpzConfig, or pass splits")
+    return data.load(config.data)
+
+
+def resolve(config: ExperimentConfig, info: DataInfo) -> ExperimentConfig:
+    """Replaces what the configuration leaves open and the data decides: the rank of dt and the loss."""
+    rank = config.model.dt_rank or math.ceil(config.model.d_model / 8)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dt_rank=rank),
+        train=dataclasses.replace(config.train, loss=resolve_loss(info.task, config.train)),
+    )
+
+
+def _shows_bar(config: ExperimentConfig) -> bool:
+    if config.train.progress == "auto":
+        return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return config.train.progress == "on"
+
+
+def _facts(params: state.Params, position: checkpoint.Position, seconds: float) -> dict[str, str]:
+    versions: dict[str, Any] = {"cmamba_jax": cmamba_jax, "jax": jax, "flax": flax, "optax": optax}
+    return {
+        "Parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+        "Epochs": f"{position.epoch}, best {position.best_epoch}",
+        "Steps": f"{position.step:,}",
+        "Time": f"{seconds:.0f} s",
+        "Device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "Versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+        + f", Python {platform.python_version()}",
+    }

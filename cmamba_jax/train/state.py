@@ -1,0 +1,109 @@
+"""The training state, and the two jitted functions that the loop calls."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from cmamba_jax.batch import Batch
+
+Params = dict[str, Any]
+LossSum = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training step changes.
+
+    Attributes:
+        step: number of batches so far, int32.
+        params: the model's parameters, a pure dict of arrays.
+        opt_state: state of the optimizer.
+        key: the run's random key; step t draws from fold_in(key, t).
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a training step reports; arrays on the device until somebody reads them.
+
+    Attributes:
+        loss: mean loss of the batch.
+        grad_norm: global norm of the gradient, before clipping.
+        squares: squared norm of the gradient of each parameter, in the order of `parameter_names`.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    squares: jax.Array
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Splits a model into its static graph and a pure dict of its parameters."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
+    """The state before the first step. It owns the parameters: the training step donates them."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_sum: LossSum
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Compiles ``step(state, batch) -> (state, metrics)``; the state passed in is donated.
+
+    The model is merged while tracing only, so a call costs what a `jax.jit` of a function of plain dicts costs.
+    A step whose loss or gradient is not finite leaves the parameters and the optimizer as they were.
+
+    Args:
+        graphdef: from `split_model`.
+        optimizer: from `make_optimizer`.
+        loss_sum: function of the logits and the batch, see `objective.loss_sum`.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        def loss(params: Params) -> jax.Array:
+            model = nnx.merge(graphdef, params)
+            rngs = nnx.Rngs(dropout=jax.random.fold_in(state.key, state.step))
+            total, count = loss_sum(model(batch, train=True, rngs=rngs).logits, batch)
+            return total / jnp.maximum(count, 1)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
+        metrics = StepMetrics(value, jnp.sqrt(squares.sum()), squares)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(value) & jnp.isfinite(metrics.grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_predict_step(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], jax.Array]:
+    """Compiles ``predict(params, batch) -> logits``."""
+    return jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch).logits)
+
+
+def parameter_names(params: Params) -> list[str]:
+    """Dotted names of the parameters, in the order of `jax.tree.leaves`."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]

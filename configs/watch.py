@@ -1,0 +1,27 @@
+"""Seven shoulder exercises from the accelerometer and the gyroscope of a smart watch, on people not seen before."""
+
+from cmamba_jax.config import (
+    AugmentConfig,
+    ExperimentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    TrainConfig,
+    WatchConfig,
+)
+
+
+def config() -> ExperimentConfig:
+    """Windows of 2 s every second; five folds by person (`cmamba crossval` runs them all)."""
+    return ExperimentConfig(
+        name="watch",
+        data=WatchConfig(window=100, stride=50),
+        model=ModelConfig(d_model=64, d_state=16, n_layers=2, encoder="conv", pooling="mean", dropout=0.2),
+        pipeline=PipelineConfig(
+            batch_size=64, augment=AugmentConfig(jitter=0.05, scale=0.1, rotation=15.0, time_warp=0.1)
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=1.0
+        ),
+        train=TrainConfig(epochs=12, monitor="accuracy", label_smoothing=0.1),
+    )

@@ -1,0 +1,24 @@
+"""CPU by default, shapes and types checked at run time, and our own warnings are errors."""
+
+import os
+import warnings
+
+import jaxtyping
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests compile hundreds of tiny programs and hardly run them: compiling without LLVM's optimisations halves the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# Before the packages are imported for the first time.
+jaxtyping.install_import_hook(["cmamba_jax", "pallas_kernels"], "typecheck.check")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden")
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings_are_errors():
+    # pytest restores the filters after each test.
+    warnings.filterwarnings("error", module=r"(cmamba_jax|pallas_kernels)\b")
