@@ -7,7 +7,7 @@ import jaxtyping
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile hundreds of tiny programs and hardly run them: compiling without LLVM's optimisations halves the time.
+# Hundreds of tiny programs are compiled and hardly run: leaving out LLVM's optimisations halves the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Before the packages are imported for the first time.

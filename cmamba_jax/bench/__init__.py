@@ -1,0 +1,1 @@
+"""Measurements: what `cmamba bench` runs."""

@@ -109,7 +109,9 @@ class CoupledMamba(nnx.Module):
         self.config = config
         self.task = task
         self.features = tuple(features.items())
-        self.encoders = nnx.Dict({name: Encoder(config, config.frame * width, rngs=rngs) for name, width in features.items()})
+        self.encoders = nnx.Dict(
+            {name: Encoder(config, config.frame * width, rngs=rngs) for name, width in features.items()}
+        )
         self.blocks = nnx.List([CoupledMambaBlock(config, m, rngs=rngs) for _ in range(config.n_layers)])
         n_mixes = config.n_layers - 1 if config.coupling == "released" else 0
         self.mixes = nnx.List([LayerCoupling(config, m, rngs=rngs) for _ in range(n_mixes)])

@@ -19,14 +19,14 @@ from pallas_kernels.coupled_scan import discretize
 from pallas_kernels.coupled_scan.types import Array, Independent, Problem, ScanOutput, Shared
 from pallas_kernels.platform import default_platform
 
-# Floats of one [T, M, B, D, N] array that still sit in a CPU's cache (measured: `cmamba bench scan --chunk`).
+# Floats of one [T, M, B, D, N] array that still sit in a CPU's cache (`cmamba bench scan --variants xla:8 xla:32`).
 CACHE_FLOATS = 2**19
 # Accelerators want long chunks: every chunk is a round of kernel launches. Not tuned on hardware yet.
 ACCELERATOR_CHUNK = 64
 
 
 def chunk_length(problem: Problem, platform: str) -> int:
-    """Most steps a chunk.
+    """Steps a chunk, a divisor of L where there is one: padding costs a mask.
 
     On a CPU a chunk should stay in the cache. Everywhere it has to grow with sqrt(L / M), which balances the L / T
     states that are kept against the T x M states inside a chunk; memory then grows with sqrt(L).
@@ -34,7 +34,8 @@ def chunk_length(problem: Problem, platform: str) -> int:
     m, b, length, d = problem.x.shape
     balanced = math.isqrt(length // (4 * m))
     fast = CACHE_FLOATS // (m * b * d * problem.A.shape[-1]) if platform == "cpu" else ACCELERATOR_CHUNK
-    return min(max(4, balanced, min(fast, 64)), length)
+    most = min(max(4, balanced, min(fast, 64)), length)
+    return next((t for t in range(most, most // 2, -1) if length % t == 0), most)
 
 
 def scan(problem: Problem, *, chunk: int | None = None) -> ScanOutput:

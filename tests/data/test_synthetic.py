@@ -7,7 +7,7 @@ from cmamba_jax.config import SyntheticConfig
 from cmamba_jax.data import synthetic
 from cmamba_jax.data.checks import DataError, checked
 
-CONFIG = SyntheticConfig(n_train=3000, n_valid=20, n_test=20)
+CONFIG = SyntheticConfig(n_train=3000, n_valid=20, n_test=20, length=48, noise=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_every_class_is_shown_equally_often(samples):
 
 @pytest.mark.parametrize("changes", [{"delay": 1}, {"delay": 7}, {"length": 31, "n_classes": 5}, {"n_classes": 2}])
 def test_every_symbol_can_be_cued_within_the_sequence(changes):
-    config = SyntheticConfig(n_train=300, noise=0.0, **changes)
+    config = SyntheticConfig(**{"n_train": 300, "noise": 0.0, "length": 48, **changes})
     times = synthetic.symbol_times(config)
     assert len(times) % config.n_classes == 0 and times.max() < config.length
     pulses = {pulse(sample) for sample in synthetic.load(config).train}
@@ -80,7 +80,7 @@ def test_samples_depend_on_seed_split_and_index_alone(splits):
     again = synthetic.load(CONFIG)
     np.testing.assert_equal(again.train[7], splits.train[7])
     np.testing.assert_equal(splits.train[-1], splits.train[2999])
-    other = synthetic.load(SyntheticConfig(seed=1))
+    other = synthetic.load(SyntheticConfig(seed=1, length=48))
     cues = [part[7]["inputs"]["cue"] for part in (splits.train, splits.valid, splits.test, other.train)]
     cues.append(splits.train[8]["inputs"]["cue"])
     assert len({cue.tobytes() for cue in cues}) == len(cues)

@@ -105,9 +105,10 @@ def test_frames_stack_samples_and_stream():
 
     state = model.init_state(2)
     for t in range(0, 9, 3):
-        state = run_step(model, state, *({m: v[:, t : t + 3] for m, v in d.items()} for d in (batch.inputs, batch.mask)))
-        logits, state = state.logits, state.state
-    close(logits, whole.logits)
+        now = part(batch, t, t + 3)
+        out = run_step(model, state, now.inputs, now.mask)
+        state = out.state
+    close(out.logits, whole.logits)
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "bidirectional", "frames"])

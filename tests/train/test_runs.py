@@ -11,7 +11,9 @@ from cmamba_jax.train import runs
 @pytest.fixture
 def config(tmp_path):
     def make(name="demo", **train):
-        return ExperimentConfig(name, SyntheticConfig(), train=TrainConfig(**{"output": str(tmp_path), **train}))
+        return ExperimentConfig(
+            name, SyntheticConfig(length=48), train=TrainConfig(**{"output": str(tmp_path), **train})
+        )
 
     return make
 
