@@ -30,7 +30,9 @@ commands:
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
-  bench {scan,step} ...                         measure the scan, or the host's cost of a training step
+  bench {scan,step,tpu-static} ...              measure the scan or the host's cost of a training step; figures of the
+                                                TPU compiler
+  doctor                                        versions, devices, and a check of every scan implementation here
 
 CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
 `cmamba train CONFIG --help` lists every field; `cmamba eval --help` and the like explain the other commands.
@@ -159,11 +161,20 @@ def _predict(words: list[str]) -> None:
 
 
 def _bench(words: list[str]) -> None:
-    if not words or words[0] not in ("scan", "step"):
-        raise UserError(
-            f"bench: expected 'scan' or 'step', got {words[0]!r}" if words else "bench: which, scan or step?"
-        )
-    importlib.import_module(f"cmamba_jax.bench.{words[0]}").main(words[1:])
+    known = ("scan", "step", "tpu-static")
+    if not words or words[0] not in known:
+        raise UserError(f"bench: expected one of {', '.join(known)}, got {words[0] if words else 'nothing'!r}")
+    importlib.import_module(f"cmamba_jax.bench.{words[0].replace('-', '_')}").main(words[1:])
+
+
+def _doctor(words: list[str]) -> None:
+    def doctor() -> None:
+        """Print versions and devices, and check every implementation of the scan on the default device."""
+        from cmamba_jax.bench.doctor import examine
+
+        sys.exit(0 if examine() else 1)
+
+    tyro.cli(doctor, args=words, prog="cmamba doctor")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -173,6 +184,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "predict": _predict,
     "bench": _bench,
+    "doctor": _doctor,
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels.coupled_scan import reference, xla
+from pallas_kernels.coupled_scan import mosaic_tpu, reference, xla
 from pallas_kernels.coupled_scan.types import (
     Array,
     Coupling,
@@ -64,6 +64,12 @@ _IMPLEMENTATIONS = (
         xla.scan,
         _everything,
     ),
+    Implementation(
+        "mosaic_tpu",
+        "Pallas kernels for TPUs: every coupling, float32 and bfloat16, M up to 8, N up to 128; never run on a TPU yet",
+        mosaic_tpu.scan,
+        mosaic_tpu.unsupported,
+    ),
 )
 
 
@@ -83,7 +89,10 @@ def choose_implementation(problem: Problem, platform: str | None = None) -> Choi
         The name and the reason.
     """
     platform = platform or default_platform()
-    del problem
+    if platform == "tpu":
+        if why := mosaic_tpu.unsupported(problem, platform):
+            return Choice("xla", f"mosaic_tpu cannot: {why}; the chunked associative scan runs everywhere")
+        return Choice("mosaic_tpu", "the Pallas kernels for TPUs")
     return Choice("xla", f"no kernel is tested for {platform} yet; the chunked associative scan runs everywhere")
 
 
@@ -112,7 +121,7 @@ def coupled_scan(
     y_t^m = (SUM_n C_t^m h_t^m + D^m x_t^m) * SiLU(z_t^m). States, decays and sums are float32 whatever the inputs are.
 
     Args:
-        x: inputs, [M, B, L, D], float32, bfloat16 or float16.
+        x: inputs, [M, B, L, D], float32 or bfloat16.
         dt: step sizes before bias and softplus, [M, B, L, D].
         A: state matrix (diagonal), negative, [M, D, N].
         B: input projection, [M, B, L, N].
