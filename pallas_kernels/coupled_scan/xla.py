@@ -1,9 +1,10 @@
 """Associative scan in time chunks, for every backend.
 
 Time is cut into chunks. An outer `lax.scan` walks them in order and carries the state; inside a chunk the recurrence
-is parallel in time (an associative scan; Full, whose elements would be M x M matrices, takes plain steps). The body is rematerialised, so the backward pass keeps the state entering each chunk and
-the inputs, nothing of size L x D x N; the recurrences have their own VJP (a scan backwards), because differentiating
-`jax.lax.associative_scan` keeps every level of its tree.
+is parallel in time (an associative scan; Full, whose elements would be M x M matrices, takes plain steps). The body is
+rematerialised, so the backward pass keeps the state entering each chunk and the inputs, nothing of size L x D x N; the
+recurrences have their own VJP (a scan backwards), because differentiating `jax.lax.associative_scan` keeps every level
+of its tree.
 
 Shared needs one chain only, that of H_t = SUM_m h_t^m: H_t = s_t H_{t-1} + v_t with s = SUM_m g^m a^m, v = SUM_m u^m,
 and then h_t^m = g^m a_t^m H_{t-1} + u_t^m for all modalities at once.
