@@ -16,7 +16,7 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="watch",
         data=WatchConfig(window=100, stride=50),
-        # Four samples make a step: 12.5 steps a second are enough for these movements, and four times as fast.
+        # Four samples make a step: 12.5 steps a second are enough for these movements, and a quarter of the work.
         model=ModelConfig(
             d_model=32,
             d_state=16,
