@@ -1,0 +1,459 @@
+"""The backward kernel.
+
+A block walks one chunk of one sample's time for 64 channels, last tile first. The forward pass saved the state
+entering every SAVE steps; at the end of such a stretch the block walks it once forwards and notes the states entering
+its tiles (in device memory, where the level-2 cache keeps them). Every tile is then walked forwards once more, noting
+the state entering each step in shared memory, and backwards with the adjoint.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
+    CHANNELS,
+    F32,
+    LANES,
+    ROWS,
+    SHARED_MEMORY,
+    STATE,
+    Plan,
+    projection_layout,
+    rows_layout,
+)
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
+
+SAVE = 128
+"""Steps between the states that the forward pass saves; with tiles of 8 steps it halves what is kept at L = 2,048."""
+LN2 = 0.6931471805599453
+
+
+def tiling(plan: Plan) -> tuple[int, int]:
+    """Steps of a tile, and steps whose partial sums fit into shared memory at once."""
+    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY):
+        # With several slabs the partial sums of a whole tile are kept: each slab adds to them.
+        for steps, part in ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)):
+            size = sum(fw._bytes(s) for s in _scratch(plan, steps, part).values() if hasattr(s, "dtype"))
+            if size <= budget:
+                return steps, part
+    raise ValueError(f"no tile fits into shared memory: {plan}")
+
+
+def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
+    m, smem = plan.M, plgpu.SMEM
+    large = (fw.STAGES, m, steps, CHANNELS)
+    projections = smem((fw.STAGES, m, steps, plan.slabs * LANES, ROWS), plan.dtype)
+    parts = smem((part, m, LANES, CHANNELS + fw.PAD), F32)
+    scratch = {
+        "x": smem(large, plan.dtype),
+        "dt": smem(large, plan.dtype),
+        "dy": smem(large, plan.dtype),
+        "B": projections,
+        "C": projections,
+        "projections": smem((steps, 2 * m, LANES, ROWS), F32),
+        "step": smem((steps, m, CHANNELS), F32),
+        "u": smem((steps, m, CHANNELS), F32),
+        "ybar": smem((steps, m, CHANNELS), F32),
+        "history": smem((steps, plan.S, ROWS, LANES, CHANNELS), F32),
+        "d_exponent": parts,
+        "d_u": parts,
+        "sums": smem((part, m, 4, LANES, 2 * ROWS), F32),
+    }
+    if plan.gate:
+        scratch |= {"z": smem(large, plan.dtype), "y": parts}
+    if plan.flagged:
+        scratch["flags"] = smem((fw.STAGES, steps, plan.flags), F32)
+    if plan.slabs > 1:
+        scratch["carry"] = smem((plan.slabs, plan.S, ROWS, LANES, CHANNELS), F32)
+    return scratch
+
+
+def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.Array]:
+    """Gradients.
+
+    Args:
+        plan: the plan.
+        arrays: see `vjp.prepare`; "saved" as `forward.run` returns it, "adjoint" holds what enters each chunk from
+            its end, [chunks, S, B, slabs, ROWS, LANES, D'].
+        chunk: steps a chunk.
+
+    Returns:
+        "dx", "ddt", "dz" [M, B, L, D]; for each channel group "dprojections" [groups, B, L', 2 M, N / ROWS, ROWS] (B and
+        C by turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, ROWS, LANES, D'], "drows"
+        [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, LANES, D'];
+        "dstate" [chunks, S, B, slabs, ROWS, LANES, D'], the adjoint that leaves a chunk at its start.
+    """
+    steps, part = tiling(plan)
+    chunks, *state = arrays["adjoint"].shape
+    padded = state[-1]
+    large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype)
+    parameters = (chunks, plan.B, plan.M, plan.slabs, ROWS, LANES, padded)
+    out = {
+        "dx": large,
+        "ddt": large,
+        "dprojections": jax.ShapeDtypeStruct(
+            (plan.groups, plan.B, -(-plan.L // steps) * steps, 2 * plan.M, plan.slabs * LANES, ROWS), F32
+        ),
+        "dA": jax.ShapeDtypeStruct(parameters, F32),
+        "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
+        "dstate": jax.ShapeDtypeStruct((chunks, *state), F32),
+        "entries": jax.ShapeDtypeStruct((chunks, SAVE // steps, *state), F32),
+    }
+    if plan.gate:
+        out["dz"] = large
+    if plan.coupling == "shared":
+        out["dgain"] = jax.ShapeDtypeStruct(parameters, F32)
+    if plan.coupling == "full":
+        out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, LANES, padded), F32)
+    body = functools.partial(_walk, plan, steps, part, chunk)
+    return fw.launch(plan, "coupled_scan_backward", body, arrays, out, _scratch(plan, steps, part), (chunks,))
+
+
+class _Sums:
+    """Running sums of the parameters' gradients: in registers, or where there are several slabs in device memory."""
+
+    def __init__(self, plan: Plan, out: Refs, slab: Any, columns: Any):
+        b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+        self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" else [])
+        self.plan, self.columns = plan, columns
+        self.refs = {name: out[name].at[c, b, :, slab] for name in self.names}
+        self.weights = out["dweights"].at[c, b] if plan.coupling == "full" else None
+
+    def zero(self) -> dict[str, Any]:
+        """All sums zero."""
+        zero = plgpu.layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
+        sums = {name: [[zero] * ROWS for _ in range(self.plan.M)] for name in self.names}
+        if self.weights is not None:
+            sums["dweights"] = [[zero] * self.plan.M for _ in range(self.plan.M)]
+        return sums
+
+    def load(self) -> dict[str, Any]:
+        """The sums so far."""
+        m = range(self.plan.M)
+        sums = {
+            name: [[tl.load(self.refs[name].at[j, i, :, self.columns], STATE) for i in range(ROWS)] for j in m]
+            for name in self.names
+        }
+        if self.weights is not None:
+            sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], STATE) for k in m] for j in m]
+        return sums
+
+    def store(self, sums: dict[str, Any]) -> None:
+        """The inverse of `load`."""
+        for name in self.names:
+            for j, rows in enumerate(sums[name]):
+                for i, value in enumerate(rows):
+                    self.refs[name][j, i, :, self.columns] = value
+        for j, rows in enumerate(sums.get("dweights", [])):
+            for k, value in enumerate(rows):
+                self.weights[j, k, :, self.columns] = value
+
+
+def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
+    m_range = range(plan.M)
+    b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    first = c * chunk
+    length = jnp.minimum(chunk, plan.L - first)
+    tiles = (length + steps - 1) // steps
+    stretch = SAVE // steps
+    stretches = (tiles + stretch - 1) // stretch
+
+    # The block's work in order: for each stretch, last first, its tiles but the last forwards, then all backwards.
+    last_tiles = tiles - (stretches - 1) * stretch
+    last_items = 2 * last_tiles - 1
+    full_items = 2 * stretch - 1
+    items = last_items + (stretches - 1) * full_items
+
+    def tile_of(item: Any) -> tuple[Any, Any, Any]:
+        """Stretch, tile within it, and whether it is walked backwards."""
+        later = jnp.maximum(item - last_items, 0)
+        in_last = item < last_items
+        s = jnp.where(in_last, stretches - 1, stretches - 2 - later // full_items)
+        within = jnp.where(in_last, item, lax.rem(later, full_items))
+        count = jnp.where(in_last, last_tiles, stretch)
+        back = within >= count - 1
+        return s, jnp.where(back, 2 * (count - 1) - within, within), back
+
+    def fetch_item(item: Any) -> None:
+        @pl.when(item < items)
+        def _() -> None:
+            s, k, _ = tile_of(item)
+            fw.fetch(plan, inp, scr, first + (s * stretch + k) * steps, lax.rem(item, fw.STAGES), steps)
+
+    lax.fori_loop(0, fw.STAGES, lambda item, _: fetch_item(item), None)
+
+    def prepare(slot: Any) -> None:
+        fw.prepare_steps(plan, inp, scr, slot, steps)
+        results = []
+        for m in m_range:
+            here = fw.present(plan, scr, slot, m, steps)
+            ybar = tl.keep(here, tl.load_rows(scr["dy"].at[slot, m], steps))
+            if plan.gate:
+                z = tl.keep(here, tl.load_rows(scr["z"].at[slot, m], steps))
+                ybar = ybar * (z * tl.sigmoid(plan, z))
+            results.append(ybar)
+        for m, ybar in enumerate(results):
+            scr["ybar"][:, m, :] = ybar
+
+    def per_slab(slot: Any, function: Any) -> None:
+        """Runs `function(slab, constants)` with B and C of the slab at hand."""
+
+        def one(slab: Any, _: None) -> None:
+            tl.convert_projections(plan, inp, scr, slot, slab, steps)
+            tl.sync()
+            function(slab, tl.Constants(plan, inp, slab, columns))
+            tl.sync()
+
+        if plan.slabs == 1:
+            function(0, constants)
+        else:
+            lax.fori_loop(0, plan.slabs, one, None)
+
+    def entry(s: Any, k: Any, slab: Any) -> State:
+        """The state entering tile k of stretch s."""
+        saved = fw.load_state(plan, inp["saved"].at[(first + s * SAVE) // SAVE, :, b, slab], columns=columns)
+        noted = fw.load_state(plan, out["entries"].at[c, k, :, b, slab], columns=columns)
+        return tl.map_state(functools.partial(tl.choose, k == 0), saved, noted)
+
+    def rebuild(slot: Any, slab: Any, constants: tl.Constants, state: State, count: Any, note: bool) -> State:
+        def step(t: Any, carry: tuple) -> tuple:
+            state, loaded = carry
+            following = fw.load_step(plan, scr, jnp.minimum(t + 1, steps - 1), C=False)
+            entering = tl.reset_state(plan, scr, slot, t, state)
+            if note:
+                fw.store_state(plan, scr["history"].at[t], entering)
+            after = tl.advance(plan, constants, entering, fw.spread_step(loaded))[1]
+            return tl.hold_state(plan, scr, slot, t, entering, after), following
+
+        return fw.walk_steps(count, min(4, steps), step, (state, fw.load_step(plan, scr, 0, C=False)))[0]
+
+    def reverse_step(slot: Any, slab: Any, constants: tl.Constants, t: Any, row: Any, adjoint: State, sums: dict) -> tuple:
+        """Step t backwards; `adjoint` is the gradient of the state after it."""
+        now = fw.spread_step(fw.load_step(plan, scr, t))
+        ybar = [tl.load_channels(scr["ybar"].at[t, m]) for m in m_range]
+        before = fw.load_state(plan, scr["history"].at[t])
+        passed = adjoint
+        if plan.masked and plan.coupling != "independent":
+            idle = scr["flags"][slot, t, plan.M]
+            passed, adjoint = tl.map_state(lambda v: v * idle, adjoint), tl.map_state(lambda v: v * (1.0 - idle), adjoint)
+        decays = [[constants.decay(m, i, now[m][0]) for i in range(ROWS)] for m in m_range]
+        entering = [[constants.entering(m, i, before) for i in range(ROWS)] for m in m_range]
+        h = [[decays[m][i] * entering[m][i] + now[m][1] * now[m][2][i] for i in range(ROWS)] for m in m_range]
+        read, ybar_C = h, [[ybar[m] * now[m][3][i] for i in range(ROWS)] for m in m_range]
+        if plan.readout == "shared":
+            read = [[tl.total([h[m][i] for m in m_range]) for i in range(ROWS)]] * plan.M
+            ybar_C = [[tl.total([ybar_C[m][i] for m in m_range]) for i in range(ROWS)]] * plan.M
+        results, flows = [], []
+        for m in m_range:
+            dt, u, B, C = now[m]
+            chain = adjoint[0 if plan.coupling == "shared" else m]
+            d_exponent = d_u = y = None
+            products_B, products_C, flow = [], [], []
+            for i in range(ROWS):
+                d_h = ybar_C[m][i] + chain[i]
+                through = decays[m][i] * d_h
+                flow.append(through)
+                d_log = through * entering[m][i]
+                sums["dA"][m][i] = sums["dA"][m][i] + d_log * dt
+                if "dgain" in sums:
+                    sums["dgain"][m][i] = sums["dgain"][m][i] + d_log
+                terms = (d_log * constants.A[m][i], d_h * B[i], read[m][i] * C[i])
+                d_exponent, d_u, y = (
+                    v if old is None else old + v for old, v in zip((d_exponent, d_u, y), terms, strict=True)
+                )
+                products_B.append(u * d_h)
+                products_C.append(ybar[m] * read[m][i])
+            flows.append(flow)
+            results.append((d_exponent, d_u, y))
+            exact = plan.dtype != jnp.bfloat16
+            tl.exchange_sums(products_B + products_C, scr["sums"].at[row, m], plan.interpret, exact)
+        if plan.coupling == "full":
+            for m in m_range:
+                for j in m_range:
+                    pairs = zip(flows[m], before[j], strict=True)
+                    sums["dweights"][m][j] = sums["dweights"][m][j] + tl.total([f * v for f, v in pairs])
+        if plan.coupling == "shared":
+            adjoint = [[tl.total([flows[m][i] for m in m_range]) for i in range(ROWS)]]
+        elif plan.coupling == "full":
+            weights = constants.weights
+            adjoint = [
+                [tl.total([weights[m][j] * flows[m][i] for m in m_range]) for i in range(ROWS)] for j in m_range
+            ]
+        else:
+            adjoint = flows
+        if passed is not None and plan.masked and plan.coupling != "independent":
+            adjoint = tl.map_state(jnp.add, adjoint, passed)
+        for m, values in enumerate(results):
+            for name, value in zip(("d_exponent", "d_u", "y"), values, strict=True):
+                if name in scr:
+                    tl.add_slab(plan, scr[name].at[row, m, :, pl.ds(0, CHANNELS)], value, slab)
+        return tl.reset_state(plan, scr, slot, t, adjoint), sums
+
+    def finish(slot: Any, start: Any, offset: int, valid: Any, rows: list) -> list:
+        """Results of `part` steps from `offset` of the tile on, in place of the tile's inputs; `rows`: running sums."""
+        window = pl.ds(offset, part)
+        lives = plgpu.layout_cast(
+            lax.broadcasted_iota(jnp.int32, (part, CHANNELS), 0), rows_layout(part)
+        ) + offset < valid
+        results, new_rows = [], []
+        for m in m_range:
+            columns_of = lambda name, m=m: tl.load_rows(scr[name].at[slot, m, window], part)  # noqa: E731
+            here = None
+            if plan.masked:
+                here = tl.over_channels(scr["flags"].at[slot, window, m], part)
+            sums = {
+                name: tl.total([tl.load_rows(scr[name].at[:, m, k, pl.ds(0, CHANNELS)], part) for k in range(LANES)])
+                for name in ("d_exponent", "d_u", "y")
+                if name in scr
+            }
+            x, dy = tl.keep(here, columns_of("x")), tl.keep(here, columns_of("dy"))
+            dt, ybar = (tl.load_rows(scr[name].at[window, m], part) for name in ("step", "ybar"))
+            d_dt = sums["d_exponent"] * LN2 + sums["d_u"] * x
+            if plan.dt_softplus:
+                raw = tl.keep(here, columns_of("dt")) + tl.over_steps(inp["dt_bias"].at[m, columns], part)
+                d_dt = d_dt * tl.sigmoid(plan, raw)
+            d_dt = tl.keep(here, d_dt)
+            d_x = sums["d_u"] * dt
+            if plan.skip:
+                d_x = d_x + tl.over_steps(inp["skip"].at[m, columns], part) * ybar
+            result = {"dx": tl.keep(here, d_x), "ddt": d_dt}
+            if plan.gate:
+                z = tl.keep(here, columns_of("z"))
+                y = sums["y"]
+                if plan.skip:
+                    y = y + tl.over_steps(inp["skip"].at[m, columns], part) * x
+                s = tl.sigmoid(plan, z)
+                result["dz"] = dy * y * (s + z * s * (1.0 - s))
+            results.append({name: value.astype(plan.dtype) for name, value in result.items()})
+            zero = jnp.zeros_like(d_dt)
+            new_rows.append((rows[m][0] + jnp.where(lives, x * ybar, zero), rows[m][1] + jnp.where(lives, d_dt, zero)))
+        for m, result in enumerate(results):
+            for name, target in (("dx", "x"), ("ddt", "dt"), ("dz", "z")):
+                if name in result:
+                    scr[target][slot, m, window] = result[name]
+        return new_rows
+
+    def write_projections(start: Any, offset: int, slab: Any) -> None:
+        group, rows = lax.axis_index("group"), pl.ds(start + offset, part)
+        for m in m_range:
+            for k in range(2):
+                pieces = [
+                    tl.load(scr["sums"].at[:, m, w, :, pl.ds(k * ROWS, ROWS)], projection_layout(part)) for w in range(4)
+                ]
+                out["dprojections"][group, b, rows, 2 * m + k, tl.slab_lanes(slab)] = tl.total(pieces)
+
+    def forward_item(s: Any, k: Any, item: Any) -> None:
+        slot = lax.rem(item, fw.STAGES)
+        plgpu.barrier_wait(scr["arrived"].at[slot])
+        fw.prepare_steps(plan, inp, scr, slot, steps)
+        if plan.slabs == 1:
+            tl.convert_projections(plan, inp, scr, slot, 0, steps)
+        tl.sync()
+
+        def walk(slab: Any, constants: tl.Constants) -> None:
+            state = rebuild(slot, slab, constants, entry(s, k, slab), steps, note=False)
+            fw.store_state(plan, out["entries"].at[c, k + 1, :, b, slab], state, columns)
+
+        per_slab(slot, walk)
+        tl.sync()
+        fetch_item(item + fw.STAGES)
+
+    def backward_item(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
+        slot = lax.rem(item, fw.STAGES)
+        start = first + (s * stretch + k) * steps
+        valid = steps if plan.L % steps == 0 else jnp.minimum(steps, first + length - start)
+        plgpu.barrier_wait(scr["arrived"].at[slot])
+        prepare(slot)
+        if plan.slabs == 1:
+            tl.convert_projections(plan, inp, scr, slot, 0, steps)
+        tl.sync()
+
+        def walk(slab: Any, constants: tl.Constants, offset: int, adjoint: State, sums: dict) -> tuple:
+            if offset == steps - part:
+                rebuild(slot, slab, constants, entry(s, k, slab), valid, note=True)
+
+            def step(r: Any, carry: tuple) -> tuple:
+                row = count - 1 - r
+                return reverse_step(slot, slab, constants, offset + row, row, *carry)
+
+            count = part if isinstance(valid, int) else jnp.clip(valid - offset, 0, part)
+            return fw.walk_steps(count, 1, step, (adjoint, sums))
+
+        adjoint, sums, rows = carry
+        for offset in reversed(range(0, steps, part)):
+            if plan.slabs == 1:
+                adjoint, sums = walk(0, constants, offset, adjoint, sums)
+                tl.sync()
+                write_projections(start, offset, 0)
+            else:
+
+                def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
+                    adjoint = fw.load_state(plan, scr["carry"].at[slab])
+                    stored = _Sums(plan, out, slab, columns)
+                    adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
+                    fw.store_state(plan, scr["carry"].at[slab], adjoint)
+                    stored.store(sums)
+                    tl.sync()
+                    write_projections(start, offset, slab)
+
+                per_slab(slot, one)
+            rows = finish(slot, start, offset, valid, rows)
+            tl.sync()
+        for name, source in (("dx", "x"), ("ddt", "dt"), ("dz", "z")):
+            if name in out:
+                target = out[name].at[:, b, pl.ds(start, steps), columns]
+                plgpu.copy_smem_to_gmem(scr[source].at[slot], target)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        fetch_item(item + fw.STAGES)
+        return adjoint, sums, rows
+
+    def one_stretch(j: Any, carry: tuple) -> tuple:
+        s = stretches - 1 - j
+        count = jnp.where(j == 0, last_tiles, stretch)
+        item = jnp.where(j == 0, 0, last_items + (j - 1) * full_items)
+        lax.fori_loop(0, count - 1, lambda k, _: forward_item(s, k, item + k), None)
+        return lax.fori_loop(
+            0, count, lambda k, carry: backward_item(s, count - 1 - k, item + count - 1 + k, carry), carry
+        )
+
+    zero_rows = plgpu.layout_cast(jnp.zeros((part, CHANNELS), F32), rows_layout(part))
+    rows = [(zero_rows, zero_rows) for _ in m_range]
+    constants = None
+    if plan.slabs == 1:
+        constants = tl.Constants(plan, inp, 0, columns)
+        sums = _Sums(plan, out, 0, columns)
+        adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
+        carry = (adjoint, sums.zero(), rows)
+    else:
+
+        def start_slab(slab: Any, _: None) -> None:
+            adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, slab], columns=columns)
+            fw.store_state(plan, scr["carry"].at[slab], adjoint)
+            sums = _Sums(plan, out, slab, columns)
+            sums.store(sums.zero())
+
+        lax.fori_loop(0, plan.slabs, start_slab, None)
+        carry = ([], {}, rows)
+    adjoint, totals, rows = lax.fori_loop(0, stretches, one_stretch, carry)
+    if plan.slabs == 1:
+        fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
+        sums.store(totals)
+    else:
+
+        def end_slab(slab: Any, _: None) -> None:
+            adjoint = fw.load_state(plan, scr["carry"].at[slab])
+            fw.store_state(plan, out["dstate"].at[c, :, b, slab], adjoint, columns)
+
+        lax.fori_loop(0, plan.slabs, end_slab, None)
+    for m in m_range:
+        for k in range(2):
+            out["drows"][c, b, k, m, :, columns] = rows[m][k]
+    plgpu.wait_smem_to_gmem(0)

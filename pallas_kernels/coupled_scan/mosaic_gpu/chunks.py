@@ -1,0 +1,171 @@
+"""Cutting time: what enters each chunk, from a summary of every chunk and an exact prefix over the summaries.
+
+The state after a chunk is linear in the state entering it: H_end = P H_start + R, where P is the product of the decays
+of the chain (for `shared` of SUM_m g^m a^m) and R the end state from zero. The adjoint obeys the same law backwards.
+One kernel computes P and R of all chunks at once; it reads x, dt and B (dy, z, dt and C) and writes no sequence.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, STATE, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
+
+STEPS = 8
+
+
+def entering(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> jax.Array:
+    """The state entering each chunk, [chunks, S, B, slabs, ROWS, LANES, D'], from the initial one in `arrays`."""
+    count = -(-plan.L // chunk)
+    states = [arrays["state"]]
+    if count > 1:
+        names = ("x", "dt", "B", "dt_bias", "A", "gain", "flags")
+        product, rest = _run(plan, {k: arrays[k] for k in names if k in arrays}, chunk, count - 1, reverse=False)
+        for c in range(count - 1):
+            states.append(product[c] * states[-1] + rest[c])
+    return jnp.stack(states)
+
+
+def adjoint(plan: Plan, arrays: dict[str, jax.Array], final: jax.Array, chunk: int) -> jax.Array:
+    """The gradient of the state leaving each chunk, [chunks, S, B, ...], from that of the final state."""
+    count = -(-plan.L // chunk)
+    adjoints = [final]
+    if count > 1:
+        names = ("dt", "z", "dy", "C", "dt_bias", "A", "gain", "flags")
+        product, rest = _run(plan, {k: arrays[k] for k in names if k in arrays}, chunk, count - 1, reverse=True)
+        for c in reversed(range(count - 1)):
+            adjoints.append(product[c] * adjoints[-1] + rest[c])
+    return jnp.stack(adjoints[::-1])
+
+
+def _run(
+    plan: Plan, arrays: dict[str, jax.Array], chunk: int, count: int, *, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    """P and R of the first `count` chunks (`reverse`: of all but the first)."""
+    m, smem = plan.M, plgpu.SMEM
+    large = smem((fw.STAGES, m, STEPS, CHANNELS), plan.dtype)
+    projection = "C" if reverse else "B"
+    scratch = {name: large for name in ("x", "dt", "z", "dy") if name in arrays}
+    scratch |= {
+        projection: smem((fw.STAGES, m, STEPS, plan.slabs * LANES, ROWS), plan.dtype),
+        "projections": smem((STEPS, 2 * m, LANES, ROWS), F32),
+        "step": smem((STEPS, m, CHANNELS), F32),
+        "u": smem((STEPS, m, CHANNELS), F32),
+    }
+    if plan.flagged:
+        scratch["flags"] = smem((fw.STAGES, STEPS, plan.flags), F32)
+    shape = (count, plan.S, plan.B, plan.slabs, ROWS, LANES, plan.groups * CHANNELS)
+    out = {"product": jax.ShapeDtypeStruct(shape, F32), "rest": jax.ShapeDtypeStruct(shape, F32)}
+    body = functools.partial(_summarise, plan, chunk, reverse)
+    name = "coupled_scan_adjoint_summary" if reverse else "coupled_scan_summary"
+    result = fw.launch(plan, name, body, arrays, out, scratch, (count,))
+    return result["product"], result["rest"]
+
+
+def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr: Refs) -> None:
+    b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    first = (c + 1 if reverse else c) * chunk
+    length = jnp.minimum(chunk, plan.L - first)
+    tiles = (length + STEPS - 1) // STEPS
+    row = 1 if reverse else 0
+
+    def start(n: Any) -> Any:
+        return first + (tiles - 1 - n if reverse else n) * STEPS
+
+    def fetch_tile(n: Any) -> None:
+        @pl.when(n < tiles)
+        def _() -> None:
+            fw.fetch(plan, inp, scr, start(n), lax.rem(n, fw.STAGES), STEPS)
+
+    lax.fori_loop(0, fw.STAGES, lambda n, _: fetch_tile(n), None)
+
+    def prepare(slot: Any) -> None:
+        """dt, and in place of u = dt x (whose factor is B) the gradient of y before the gate (whose factor is C)."""
+        if not reverse:
+            return fw.prepare_steps(plan, inp, scr, slot, STEPS)
+        results = []
+        for m in range(plan.M):
+            here = fw.present(plan, scr, slot, m, STEPS)
+            bias = tl.over_steps(inp["dt_bias"].at[m, columns], STEPS)
+            ybar = tl.keep(here, tl.load_rows(scr["dy"].at[slot, m], STEPS))
+            if plan.gate:
+                z = tl.keep(here, tl.load_rows(scr["z"].at[slot, m], STEPS))
+                ybar = ybar * (z * tl.sigmoid(plan, z))
+            results.append((tl.step_size(plan, tl.load_rows(scr["dt"].at[slot, m], STEPS), bias, here), ybar))
+        for m, (dt, ybar) in enumerate(results):
+            scr["step"][:, m, :] = dt
+            scr["u"][:, m, :] = ybar
+        return None
+
+    def load_step(t: Any) -> list[tuple]:
+        return [
+            (
+                tl.load(scr["step"].at[t, m], STATE.reduce(0)),
+                tl.load(scr["u"].at[t, m], STATE.reduce(0)),
+                [tl.load(scr["projections"].at[t, 2 * m + row, :, i], STATE.reduce(1)) for i in range(ROWS)],
+            )
+            for m in range(plan.M)
+        ]
+
+    def scan_slab(n: Any, slab: Any, constants: tl.Constants, state: tuple[State, State]) -> tuple[State, State]:
+        slot = lax.rem(n, fw.STAGES)
+        here = STEPS if plan.L % STEPS == 0 else jnp.minimum(STEPS, first + length - start(n))
+
+        def step(r: Any, carry: tuple) -> tuple:
+            product, rest, loaded = carry
+            t = here - 1 - r if reverse else r
+            following = load_step(jnp.clip(t - 1 if reverse else t + 1, 0, STEPS - 1))
+            now = fw.spread_step(loaded)
+            decays = [[constants.decay(m, i, now[m][0]) for i in range(ROWS)] for m in range(plan.M)]
+            added = [[now[m][1] * now[m][2][i] for i in range(ROWS)] for m in range(plan.M)]
+            if reverse:
+                if plan.readout == "shared":
+                    added = [[tl.total([added[m][i] for m in range(plan.M)]) for i in range(ROWS)]] * plan.M
+                added = [[decays[m][i] * added[m][i] for i in range(ROWS)] for m in range(plan.M)]
+            if plan.coupling == "shared":
+                decays, added = (
+                    [[tl.total([v[m][i] for m in range(plan.M)]) for i in range(ROWS)]] for v in (decays, added)
+                )
+            if not reverse:
+                product, rest = (tl.reset_state(plan, scr, slot, t, v) for v in (product, rest))
+            new_product = tl.map_state(jnp.multiply, decays, product)
+            new_rest = tl.map_state(lambda a, v, u: a * v + u, decays, rest, added)
+            product, rest = (
+                tl.hold_state(plan, scr, slot, t, old, new) for old, new in ((product, new_product), (rest, new_rest))
+            )
+            if reverse:
+                product, rest = (tl.reset_state(plan, scr, slot, t, v) for v in (product, rest))
+            return product, rest, following
+
+        first_step = load_step(here - 1 if reverse else 0)
+        return fw.walk_steps(here, STEPS, step, (*state, first_step))[:2]
+
+    def tile(n: Any, slab: Any, constants: tl.Constants, state: tuple[State, State]) -> tuple[State, State]:
+        slot = lax.rem(n, fw.STAGES)
+        plgpu.barrier_wait(scr["arrived"].at[slot])
+        prepare(slot)
+        tl.convert_projections(plan, inp, scr, slot, slab, STEPS)
+        tl.sync()
+        state = scan_slab(n, slab, constants, state)
+        tl.sync()
+        fetch_tile(n + fw.STAGES)
+        return state
+
+    one = plgpu.layout_cast(jnp.ones((LANES, CHANNELS), F32), STATE)
+    zero = plgpu.layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
+    initial = ([[one] * ROWS for _ in range(plan.S)], [[zero] * ROWS for _ in range(plan.S)])
+    if plan.slabs > 1:
+        raise NotImplementedError
+    constants = tl.Constants(plan, inp, 0, columns)
+    product, rest = lax.fori_loop(0, tiles, lambda n, state: tile(n, 0, constants, state), initial)
+    fw.store_state(plan, out["product"].at[c, :, b, 0], product, columns)
+    fw.store_state(plan, out["rest"].at[c, :, b, 0], rest, columns)

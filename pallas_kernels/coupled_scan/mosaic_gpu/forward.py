@@ -1,0 +1,343 @@
+"""The forward kernel, and the summary of chunks that lets them run at once.
+
+A block walks one chunk of one sample's time for 64 channels, tile by tile. Between two barriers of a tile lies the
+scan of all its steps; the other interval gates and stores the tile's output and prepares the next tile's steps.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
+    CHANNELS,
+    F32,
+    LANES,
+    ROWS,
+    SHARED_MEMORY,
+    STATE,
+    Plan,
+)
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
+
+STAGES = 2
+PAD = 16
+"""Floats between the rows of partial sums, so that both LANES write to shared memory without bank conflicts."""
+
+
+def steps_of(plan: Plan) -> int:
+    """Steps of a time tile: two blocks should fit into a multiprocessor's shared memory, one has to."""
+    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY):
+        for steps in (16, 8, 4):
+            if sum(_bytes(s) for s in _scratch(plan, steps).values() if hasattr(s, "dtype")) <= budget:
+                return steps
+    raise ValueError(f"no tile fits into shared memory: {plan}")
+
+
+def _bytes(ref: Any) -> int:
+    size = jnp.dtype(ref.dtype).itemsize
+    for axis in ref.shape:
+        size *= axis
+    return size
+
+
+def _scratch(plan: Plan, steps: int) -> dict[str, Any]:
+    m, smem = plan.M, plgpu.SMEM
+    large = (STAGES, m, steps, CHANNELS)
+    scratch = {
+        "x": smem(large, plan.dtype),
+        "dt": smem(large, plan.dtype),
+        "B": smem((STAGES, m, steps, plan.slabs * LANES, ROWS), plan.dtype),
+        "C": smem((STAGES, m, steps, plan.slabs * LANES, ROWS), plan.dtype),
+        "projections": smem((steps, 2 * m, LANES, ROWS), F32),
+        "step": smem((steps, m, CHANNELS), F32),
+        "u": smem((steps, m, CHANNELS), F32),
+        "parts": smem((steps, m, LANES, CHANNELS + PAD), F32),
+        "out": smem((m, steps, CHANNELS), plan.dtype),
+    }
+    if plan.gate:
+        scratch["z"] = smem(large, plan.dtype)
+    if plan.flagged:
+        scratch["flags"] = smem((STAGES, steps, plan.flags), F32)
+    if plan.slabs > 1:
+        scratch["carry"] = smem((plan.slabs, plan.S, ROWS, LANES, CHANNELS), F32)
+    return scratch
+
+
+def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) -> dict[str, jax.Array]:
+    """y, the final state, and the states entering every `save` steps.
+
+    Args:
+        plan: the plan.
+        arrays: see `vjp.prepare`; "state" holds the states entering the chunks.
+        chunk: steps a chunk.
+        save: steps between saved states; None: save nothing.
+
+    Returns:
+        "y" [M, B, L, D], "final" [S, B, slabs, ROWS, LANES, D'], and "saved" [L / save, S, B, ...] if asked for.
+    """
+    state = arrays["state"].shape[1:]
+    out = {
+        "y": jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype),
+        "final": jax.ShapeDtypeStruct(state, F32),
+    }
+    if save:
+        out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
+    steps = steps_of(plan)
+    body = functools.partial(_walk, plan, steps, chunk, save)
+    return launch(plan, "coupled_scan_forward", body, arrays, out, _scratch(plan, steps), (-(-plan.L // chunk),))
+
+
+def launch(
+    plan: Plan,
+    name: str,
+    body: Callable[[Refs, Refs, Refs], None],
+    arrays: dict[str, jax.Array],
+    out: dict[str, Any],
+    scratch: dict[str, Any],
+    chunks: tuple[int],
+) -> dict[str, jax.Array]:
+    """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every channel group, sample and chunk."""
+    names = [*arrays, *out]
+    copies = sum(key in scratch for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
+
+    def kernel(*refs: Any, **scratch_refs: Any) -> None:
+        refs = dict(zip(names, refs, strict=True))
+        body({k: refs[k] for k in arrays}, {k: refs[k] for k in out}, scratch_refs)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=tuple(out.values()),
+        scratch_types=scratch | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)},
+        grid=(plan.groups, plan.B, *chunks),
+        grid_names=("group", "sample", "chunk"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        kernel_name=name,
+        interpret=plan.interpret,
+    )
+    return dict(zip(out, call(*arrays.values()), strict=True))
+
+
+def fetch(plan: Plan, inp: Refs, scr: Refs, start: Any, slot: Any, steps: int) -> None:
+    """Starts the copies of a tile to shared memory; what lies beyond the arrays arrives as zeros."""
+    b, columns = lax.axis_index("sample"), pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    arrived, rows = scr["arrived"].at[slot], pl.ds(start, steps)
+    for key in ("x", "dt", "z", "dy"):
+        if key in scr:
+            plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows, columns], scr[key].at[slot], arrived)
+    for key in ("B", "C"):
+        if key in scr:
+            plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows], scr[key].at[slot], arrived)
+    if plan.flagged:
+        plgpu.copy_gmem_to_smem(inp["flags"].at[b, rows], scr["flags"].at[slot], arrived)
+
+
+def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array | None:
+    """Where modality m is present, [steps, CHANNELS], or None without masks."""
+    return tl.over_channels(scr["flags"].at[slot, :, m], steps) if plan.masked else None
+
+
+def prepare_steps(plan: Plan, inp: Refs, scr: Refs, slot: Any, steps: int) -> None:
+    """dt and u = dt x of a tile."""
+    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    out = []
+    for m in range(plan.M):
+        here = present(plan, scr, slot, m, steps)
+        bias = tl.over_steps(inp["dt_bias"].at[m, columns], steps)
+        dt = tl.step_size(plan, tl.load_rows(scr["dt"].at[slot, m], steps), bias, here)
+        out.append((dt, dt * tl.keep(here, tl.load_rows(scr["x"].at[slot, m], steps))))
+    for m, (dt, u) in enumerate(out):
+        scr["step"][:, m, :] = dt
+        scr["u"][:, m, :] = u
+
+
+def load_step(plan: Plan, scr: Refs, t: Any, *, C: bool = True) -> list[tuple]:
+    """dt, u, B and C of one step, before they are spread."""
+    rows = range(ROWS)
+
+    def projection(row: int) -> list[jax.Array]:
+        return [tl.load(scr["projections"].at[t, row, :, i], STATE.reduce(1)) for i in rows]
+
+    return [
+        (
+            tl.load(scr["step"].at[t, m], STATE.reduce(0)),
+            tl.load(scr["u"].at[t, m], STATE.reduce(0)),
+            projection(2 * m),
+            projection(2 * m + 1) if C else [],
+        )
+        for m in range(plan.M)
+    ]
+
+
+def spread_step(now: list[tuple]) -> list[tuple]:
+    """What `load_step` returns, as [LANES, CHANNELS]."""
+    return [
+        (tl.spread_channels(dt), tl.spread_channels(u), *([tl.spread_states(v) for v in values] for values in rest))
+        for dt, u, *rest in now
+    ]
+
+
+def walk_steps(steps: Any, unroll: int, step: Callable, carry: Any) -> Any:
+    """carry = step(t, carry) for t in range(steps), `unroll` steps an iteration."""
+
+    def several(i: Any, carry: Any) -> Any:
+        for r in range(unroll):
+            carry = step(i * unroll + r, carry)
+        return carry
+
+    whole = steps // unroll
+    carry = lax.fori_loop(0, whole, several, carry)
+    if isinstance(steps, int) and steps % unroll == 0:
+        return carry
+    return lax.fori_loop(whole * unroll, steps, step, carry)
+
+
+def load_state(plan: Plan, ref: Any, *, columns: Any = None) -> State:
+    """[S, ROWS, LANES, channels] -> a state."""
+    columns = pl.ds(0, CHANNELS) if columns is None else columns
+    return [[tl.load(ref.at[s, i, :, columns], STATE) for i in range(ROWS)] for s in range(plan.S)]
+
+
+def store_state(plan: Plan, ref: Any, state: State, columns: Any = None) -> None:
+    """The inverse of `load_state`; each thread writes what it would read."""
+    columns = pl.ds(0, CHANNELS) if columns is None else columns
+    for s in range(plan.S):
+        for i in range(ROWS):
+            ref[s, i, :, columns] = state[s][i]
+
+
+def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: Refs, scr: Refs) -> None:
+    b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    first = c * chunk
+    length = jnp.minimum(chunk, plan.L - first)
+    tiles = (length + steps - 1) // steps
+
+    def fetch_tile(n: Any) -> None:
+        @pl.when(n < tiles)
+        def _() -> None:
+            fetch(plan, inp, scr, first + n * steps, lax.rem(n, STAGES), steps)
+
+    lax.fori_loop(0, STAGES, lambda n, _: fetch_tile(n), None)
+
+    def stored(array: Any, slab: Any) -> Any:
+        return array.at[:, b, slab]
+
+    def scan_slab(n: Any, slab: Any, constants: tl.Constants, state: State) -> State:
+        slot = lax.rem(n, STAGES)
+        if save:
+
+            @pl.when(lax.rem(first + n * steps, save) == 0)
+            def _() -> None:
+                store_state(plan, out["saved"].at[(first + n * steps) // save, :, b, slab], state, columns)
+
+        def step(t: Any, carry: tuple) -> tuple:
+            state, loaded = carry
+            # The loads of the next step come before the stores of this one: the compiler cannot know that they never
+            # meet, and would not move them up.
+            following = load_step(plan, scr, jnp.minimum(t + 1, steps - 1))
+            now = spread_step(loaded)
+            entering = tl.reset_state(plan, scr, slot, t, state)
+            h, after = tl.advance(plan, constants, entering, now)
+            after = tl.hold_state(plan, scr, slot, t, entering, after)
+            read = h
+            if plan.readout == "shared":
+                summed = [tl.total([h[m][i] for m in range(plan.M)]) for i in range(ROWS)]
+                read = [summed] * plan.M
+            sums = [tl.total([C * r for C, r in zip(now[m][3], read[m], strict=True)]) for m in range(plan.M)]
+            for m in range(plan.M):
+                tl.add_slab(plan, scr["parts"].at[t, m, :, pl.ds(0, CHANNELS)], sums[m], slab)
+            return after, following
+
+        here = steps if plan.L % steps == 0 else jnp.minimum(steps, length - n * steps)
+        state, _ = walk_steps(here, min(8, steps), step, (state, load_step(plan, scr, 0)))
+        return state
+
+    def finish(n: Any) -> None:
+        slot = lax.rem(n, STAGES)
+        results = []
+        for m in range(plan.M):
+            y = tl.total([tl.load_rows(scr["parts"].at[:, m, k, pl.ds(0, CHANNELS)], steps) for k in range(LANES)])
+            here = present(plan, scr, slot, m, steps)
+            if plan.skip:
+                x = tl.keep(here, tl.load_rows(scr["x"].at[slot, m], steps))
+                y = y + tl.over_steps(inp["skip"].at[m, columns], steps) * x
+            if plan.gate:
+                z = tl.load_rows(scr["z"].at[slot, m], steps)
+                y = y * (z * tl.sigmoid(plan, z))
+            results.append(tl.keep(here, y).astype(plan.dtype))
+        for m, y in enumerate(results):
+            scr["out"][m] = y
+
+    def prepare(n: Any) -> None:
+        slot = lax.rem(n, STAGES)
+        plgpu.barrier_wait(scr["arrived"].at[slot])
+        prepare_steps(plan, inp, scr, slot, steps)
+        if plan.slabs == 1:
+            tl.convert_projections(plan, inp, scr, slot, 0, steps)
+
+    def tile(n: Any, state: State) -> State:
+        slot = lax.rem(n, STAGES)
+        if plan.slabs == 1:
+            state = scan_slab(n, 0, constants, state)
+        else:
+
+            def one(slab: Any, _: None) -> None:
+                tl.convert_projections(plan, inp, scr, slot, slab, steps)
+                tl.sync()
+                carried = load_state(plan, scr["carry"].at[slab])
+                carried = scan_slab(n, slab, tl.Constants(plan, inp, slab, columns), carried)
+                store_state(plan, scr["carry"].at[slab], carried)
+                tl.sync()
+
+            lax.fori_loop(0, plan.slabs, one, None)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tl.sync()
+        finish(n)
+
+        @pl.when(n + 1 < tiles)
+        def _() -> None:
+            prepare(n + 1)
+
+        tl.sync()
+        rows = pl.ds(first + n * steps, steps)
+        plgpu.copy_smem_to_gmem(scr["out"], out["y"].at[:, b, rows, columns])
+        fetch_tile(n + STAGES)
+        return state
+
+    if plan.slabs == 1:
+        constants = tl.Constants(plan, inp, 0, columns)
+        state = load_state(plan, inp["state"].at[c, :, b, 0], columns=columns)
+    else:
+        state = []
+
+        def start(slab: Any, _: None) -> None:
+            store_state(plan, scr["carry"].at[slab], load_state(plan, inp["state"].at[c, :, b, slab], columns=columns))
+
+        lax.fori_loop(0, plan.slabs, start, None)
+    prepare(0)
+    tl.sync()
+    state = lax.fori_loop(0, tiles, tile, state)
+
+    @pl.when(c == lax.axis_size("chunk") - 1)
+    def _() -> None:
+        if plan.slabs == 1:
+            store_state(plan, out["final"].at[:, b, 0], state, columns)
+        else:
+
+            def end(slab: Any, _: None) -> None:
+                store_state(plan, out["final"].at[:, b, slab], load_state(plan, scr["carry"].at[slab]), columns)
+
+            lax.fori_loop(0, plan.slabs, end, None)
+
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,313 @@
+"""What the forward and the backward kernel do alike: loads, spreads, elementwise maths and one step of the recurrence.
+
+Axes: M modality, N state, D channel; a state is `State`: for each of S chains a list of ROWS arrays [LANES, CHANNELS].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._compat import load
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
+    CHANNELS,
+    F32,
+    LANES,
+    ROWS,
+    STATE,
+    Plan,
+    projection_layout,
+    rows_layout,
+)
+
+Array = jax.Array
+Refs = dict[str, Any]
+State = list[list[Array]]
+
+
+def spread_channels(values: Array) -> Array:
+    """[CHANNELS] -> [LANES, CHANNELS]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (1,)), STATE)
+
+
+def spread_states(values: Array) -> Array:
+    """[LANES] -> [LANES, CHANNELS]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (0,)), STATE)
+
+
+def load_channels(ref: Any) -> Array:
+    """A reference [CHANNELS] -> [LANES, CHANNELS]."""
+    return spread_channels(load(ref, STATE.reduce(0)))
+
+
+def load_states(ref: Any) -> Array:
+    """A reference [LANES] -> [LANES, CHANNELS]."""
+    return spread_states(load(ref, STATE.reduce(1)))
+
+
+def load_rows(ref: Any, steps: int) -> Array:
+    """A reference [steps, CHANNELS] -> float32, every element in one thread."""
+    return load(ref, rows_layout(steps)).astype(F32)
+
+
+def over_steps(ref: Any, steps: int) -> Array:
+    """A reference [CHANNELS] -> [steps, CHANNELS], the same at every step."""
+    layout = rows_layout(steps)
+    return plgpu.layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(0)), (steps, CHANNELS), (0 + 1,)), layout)
+
+
+def over_channels(ref: Any, steps: int) -> Array:
+    """A reference [steps] -> [steps, CHANNELS], the same in every channel."""
+    layout = rows_layout(steps)
+    return plgpu.layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(1)), (steps, CHANNELS), (0,)), layout)
+
+
+def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int) -> None:
+    """B and C of a slab as float32 [steps, 2 M, LANES, ROWS]; zero where masked, whatever they hold."""
+    layout = projection_layout(steps)
+    for m in range(plan.M):
+        for row, name in ((2 * m, "B"), (2 * m + 1, "C")):
+            if name not in inp:
+                continue
+            values = load(scr[name].at[slot, m, :, slab_lanes(slab)], layout).astype(F32)
+            if plan.masked:
+                present = load(scr["flags"].at[slot, :, m], layout.reduce(2).reduce(1))
+                present = lax.broadcast_in_dim(present, values.shape, (0,))
+                values = jnp.where(plgpu.layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
+            scr["projections"][:, row] = values
+
+
+def slab_lanes(slab: Any) -> Any:
+    """Where a slab lies on the axis of states // ROWS."""
+    from jax.experimental import pallas as pl
+
+    return pl.ds(slab * LANES, LANES)
+
+
+def softplus(plan: Plan, values: Array) -> Array:
+    """log(1 + exp(v)); to float32 accuracy for small results too where the inputs are float32."""
+    e = jnp.exp(-jnp.abs(values))
+    if plan.dtype == jnp.bfloat16:
+        tail = jnp.log(1.0 + e)
+    else:
+        # The hardware's logarithm is exact to 2**-22 near 1 in absolute terms only: log(1 + e) = 2 atanh(e / (2 + e)).
+        s = e / (2.0 + e)
+        q = s * s
+        series = 1 / 11
+        for k in (9, 7, 5, 3, 1):
+            series = series * q + 1 / k
+        tail = 2.0 * s * series
+    return jnp.maximum(values, 0.0) + tail
+
+
+def sigmoid(plan: Plan, values: Array) -> Array:
+    """One hardware operation instead of two (exp, reciprocal) where the inputs are bfloat16; it is exact to 2**-11."""
+    if plan.dtype == jnp.bfloat16:
+        return 0.5 + 0.5 * jnp.tanh(0.5 * values)
+    return 1.0 / (1.0 + jnp.exp(-values))
+
+
+def step_size(plan: Plan, raw: Array, bias: Array, present: Array | None) -> Array:
+    """dt from what was given; exactly 0 where masked, which makes a = 1 and u = 0 there."""
+    values = raw if present is None else jnp.where(present > 0, raw, jnp.zeros_like(raw))
+    values = values + bias
+    if plan.dt_softplus:
+        values = softplus(plan, values)
+    return values if present is None else jnp.where(present > 0, values, jnp.zeros_like(values))
+
+
+def keep(present: Array | None, values: Array) -> Array:
+    """Zeroes masked elements, whatever they hold."""
+    return values if present is None else jnp.where(present > 0, values, jnp.zeros_like(values))
+
+
+class Constants:
+    """What the steps of one slab share: A * log2(e), log2 of the gains, and the weights of `full`.
+
+    Attributes:
+        A: for each modality a list of ROWS arrays [LANES, CHANNELS].
+        gain: the same for log2 g, or None.
+        weights: M x M scalars, or None.
+    """
+
+    def __init__(self, plan: Plan, inp: Refs, slab: Any, columns: Any):
+        """Loads them from device memory."""
+        self.plan = plan
+        rows = range(ROWS)
+        self.A = [[load(inp["A"].at[m, slab, i, :, columns], STATE) for i in rows] for m in range(plan.M)]
+        self.gain = self.weights = None
+        if plan.coupling == "shared":
+            self.gain = [[load_states(inp["gain"].at[m, slab, i]) for i in rows] for m in range(plan.M)]
+        if plan.coupling == "full":
+            self.weights = [[inp["weights"][m, j] for j in range(plan.M)] for m in range(plan.M)]
+
+    def decay(self, m: int, i: int, dt: Array) -> Array:
+        """g a = exp(dt A + log g), one multiply-add and one power of two."""
+        exponent = dt * self.A[m][i]
+        return jnp.exp2(exponent if self.gain is None else exponent + self.gain[m][i])
+
+    def entering(self, m: int, i: int, state: State) -> Array:
+        """What modality m reads of the states before a step: H, h^m or SUM_j W_mj h^j."""
+        if self.plan.coupling == "shared":
+            return state[0][i]
+        if self.weights is None:
+            return state[m][i]
+        return total([self.weights[m][j] * state[j][i] for j in range(self.plan.M)])
+
+
+def total(values: list[Array]) -> Array:
+    """Sum of a list."""
+    result = values[0]
+    for value in values[1:]:
+        result = result + value
+    return result
+
+
+def advance(plan: Plan, constants: Constants, state: State, now: list[tuple]) -> tuple[State, State]:
+    """One step (Eq. 5, 6 and 9).
+
+    Args:
+        plan: the plan.
+        constants: of the slab.
+        state: entering the step.
+        now: for each modality dt and u = dt x [LANES, CHANNELS] and the list of ROWS values of B.
+
+    Returns:
+        h^m of every modality, and the state after the step.
+    """
+    h = []
+    for m in range(plan.M):
+        dt, u, B = now[m][:3]
+        h.append(
+            [constants.decay(m, i, dt) * constants.entering(m, i, state) + u * B[i] for i in range(ROWS)]
+        )
+    if plan.coupling == "shared":
+        return h, [[total([h[m][i] for m in range(plan.M)]) for i in range(ROWS)]]
+    return h, h
+
+
+def map_state(function: Callable[..., Array], *states: State) -> State:
+    """Applies a function to each array of states."""
+    return [[function(*arrays) for arrays in zip(*chains, strict=True)] for chains in zip(*states, strict=True)]
+
+
+def reset_state(plan: Plan, scr: Refs, slot: Any, t: Any, state: State) -> State:
+    """The state entering step t: zero at a reset."""
+    if not plan.resets:
+        return state
+    kept = scr["flags"][slot, t, plan.M + 1]
+    return map_state(lambda h: h * kept, state)
+
+
+def hold_state(plan: Plan, scr: Refs, slot: Any, t: Any, before: State, after: State) -> State:
+    """The state after step t: untouched by gains and weights where nothing is observed."""
+    if not plan.masked or plan.coupling == "independent":
+        return after
+    idle = scr["flags"][slot, t, plan.M]
+    return map_state(lambda old, new: old * idle + new * (1.0 - idle), before, after)
+
+
+def choose(condition: Any, yes: Array, no: Array) -> Array:
+    """One of two arrays by a scalar."""
+    return jnp.where(jnp.broadcast_to(condition, yes.shape), yes, no)
+
+
+def add_slab(plan: Plan, ref: Any, value: Array, slab: Any) -> None:
+    """Stores a slab's sum over its states on top of the sums of the slabs before it."""
+    if plan.slabs > 1:
+        old = load(ref, STATE)
+        value = value + choose(slab > 0, old, jnp.zeros_like(old))
+    ref[...] = value
+
+
+def sync() -> None:
+    """Waits for the other warps of the block; what they wrote to shared memory can be read, and copied away."""
+    plgpu.commit_smem()
+
+
+def exchange_sums(products: list[Array], ref: Any, interpret: Any, exact: bool) -> None:
+    """Sums each of 2 * ROWS arrays [LANES, CHANNELS] over the channels of each warp, into a reference [4, LANES, 16].
+
+    The tensor cores do it: with A = rows of a unit matrix and B = the products, A B adds four lanes and puts the sums
+    of array r into row r; products of two arrays share one instruction. Shuffles would take 7.5 instructions an array.
+
+    Args:
+        products: the arrays.
+        ref: where the sums go.
+        interpret: whether the kernel is interpreted.
+        exact: adds what the tensor cores cut off (13 of 24 bits) in a second pass.
+    """
+    if interpret:
+        stacked = jnp.stack(products).reshape(len(products), LANES, 4, CHANNELS // 4)
+        ref[...] = jnp.transpose(jnp.sum(stacked, axis=3), (2, 1, 0))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * len(products)))
+    def sums(ctx: Any, target: Any, *arrays: Any) -> None:
+        del ctx
+        _sum_over_lanes(target, [a.registers.item() for a in arrays], exact)
+
+    sums(ref, *products)
+
+
+def _sum_over_lanes(target: Any, registers: list[Any], exact: bool) -> None:
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
+
+    i32, f32, index = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.IndexType.get()
+
+    def const(value: int) -> Any:
+        return arith.constant(i32, value)
+
+    thread = mgpu.utils.thread_idx()
+    lane = arith.andi(thread, const(31))
+    warp = arith.andi(arith.shrui(thread, const(5)), const(3))
+    lane_row = arith.shrui(lane, const(2))
+    zero = const(0)
+    one = arith.constant(i32, 0x3F800000)
+    half = len(registers) // 2
+    acc = [arith.constant(f32, 0.0)] * 4
+    result_type = llvm.StructType.get_literal([f32] * 4)
+    code = (
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+    def bits(value: Any) -> Any:
+        return arith.bitcast(i32, value)
+
+    for r in range(half):
+        # Row r of A is one for k < 4, row r + 8 for k >= 4: the first register of B goes to row r, the second to r + 8.
+        unit = arith.select(arith.cmpi(arith.CmpIPredicate.eq, lane_row, const(r)), one, zero)
+        pair = [
+            vector.extract(registers[k], dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+            for k in (r, r + half)
+        ]
+        parts = [pair]
+        if exact:
+            high = [arith.bitcast(f32, arith.andi(bits(v), const(-8192))) for v in pair]
+            parts = [high, [arith.subf(v, h) for v, h in zip(pair, high, strict=True)]]
+        for part in parts:
+            out = llvm.inline_asm(
+                result_type,
+                [unit, zero, zero, unit, *map(bits, part), *acc],
+                code,
+                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                has_side_effects=False,
+            )
+            acc = [llvm.extractvalue(f32, out, [k]) for k in range(4)]
+    # A thread now has columns 2 q and 2 q + 1 (q = lane % 4) of rows lane // 4 and lane // 4 + 8; four columns are one
+    # of the LANES that share a channel.
+    for row, (left, right) in ((0, acc[:2]), (half, acc[2:])):
+        value = arith.addf(left, right)
+        value = arith.addf(value, mgpu.utils.shfl_bfly(value, 1))
+        position = [
+            warp,
+            arith.andi(arith.shrui(lane, const(1)), const(1)),
+            arith.addi(lane_row, const(row)),
+        ]
+        memref.store(value, target, [arith.index_cast(index, p) for p in position])
