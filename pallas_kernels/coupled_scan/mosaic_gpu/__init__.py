@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from pallas_kernels.coupled_scan.types import Problem, ScanOutput
 
 

@@ -1,7 +1,7 @@
 """The backward kernel.
 
-A block walks one chunk of one sample's time for 64 channels, last tile first. The forward pass saved the state
-entering every SAVE steps; at the end of such a stretch the block walks it once forwards and notes the states entering
+A warpgroup walks one chunk of one sample's time for 32 channels, last tile first. The forward pass saved the state
+entering every SAVE steps; at the end of such a stretch it walks it once forwards and notes the states entering
 its tiles (in device memory, where the level-2 cache keeps them). Every tile is then walked forwards once more, noting
 the state entering each step in shared memory, and backwards with the adjoint.
 """
@@ -22,7 +22,7 @@ from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     F32,
     LANES,
     ROWS,
-    SHARED_MEMORY,
+    SLAB,
     STATE,
     Plan,
     projection_layout,
@@ -30,26 +30,17 @@ from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
 )
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
+PAIR = plgpu.Layout.TILED(plgpu.Tiling(((2, SLAB), (1,))), (plgpu.Replicated(4),), (-3, -2), -1)
+"""[2, SLAB]: dB and dC of one step and modality, the same in all warps."""
 SAVE = 128
 """Steps between the states that the forward pass saves; with tiles of 8 steps it halves what is kept at L = 2,048."""
 LN2 = 0.6931471805599453
 
 
-def tiling(plan: Plan) -> tuple[int, int]:
-    """Steps of a tile, and steps whose partial sums fit into shared memory at once."""
-    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY):
-        # With several slabs the partial sums of a whole tile are kept: each slab adds to them.
-        for steps, part in ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)):
-            size = sum(fw._bytes(s) for s in _scratch(plan, steps, part).values() if hasattr(s, "dtype"))
-            if size <= budget:
-                return steps, part
-    raise ValueError(f"no tile fits into shared memory: {plan}")
-
-
 def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
-    m, smem = plan.M, plgpu.SMEM
+    m, smem = plan.M, jax.ShapeDtypeStruct
     large = (fw.STAGES, m, steps, CHANNELS)
-    projections = smem((fw.STAGES, m, steps, plan.slabs * LANES, ROWS), plan.dtype)
+    projections = smem((fw.STAGES, m, steps, plan.slabs, SLAB), plan.dtype)
     parts = smem((part, m, LANES, CHANNELS + fw.PAD), F32)
     scratch = {
         "x": smem(large, plan.dtype),
@@ -57,14 +48,14 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "dy": smem(large, plan.dtype),
         "B": projections,
         "C": projections,
-        "projections": smem((steps, 2 * m, LANES, ROWS), F32),
+        "projections": smem((steps, 2 * m, SLAB), F32),
         "step": smem((steps, m, CHANNELS), F32),
         "u": smem((steps, m, CHANNELS), F32),
         "ybar": smem((steps, m, CHANNELS), F32),
         "history": smem((steps, plan.S, ROWS, LANES, CHANNELS), F32),
         "d_exponent": parts,
         "d_u": parts,
-        "sums": smem((part, m, 4, LANES, 2 * ROWS), F32),
+        "sums": smem((part, m, 8, 2, SLAB), F32),
     }
     if plan.gate:
         scratch |= {"z": smem(large, plan.dtype), "y": parts}
@@ -85,12 +76,15 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         chunk: steps a chunk.
 
     Returns:
-        "dx", "ddt", "dz" [M, B, L, D]; for each channel group "dprojections" [groups, B, L', 2 M, N / ROWS, ROWS] (B and
-        C by turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, ROWS, LANES, D'], "drows"
+        "dx", "ddt", "dz" [M, B, L, D]; for each cluster "dprojections" [clusters, B, L', 2 M, slabs, SLAB] (B and C by
+        turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, ROWS, LANES, D'], "drows"
         [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, LANES, D'];
         "dstate" [chunks, S, B, slabs, ROWS, LANES, D'], the adjoint that leaves a chunk at its start.
     """
-    steps, part = tiling(plan)
+    tiling = fw.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
+    steps, part = tiling.steps, tiling.part
+    blocks = -(-plan.D // (tiling.warpgroups * CHANNELS))
+    cluster = 1 if plan.interpret else next(n for n in (4, 2, 1) if blocks % n == 0)
     chunks, *state = arrays["adjoint"].shape
     padded = state[-1]
     large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype)
@@ -99,7 +93,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         "dx": large,
         "ddt": large,
         "dprojections": jax.ShapeDtypeStruct(
-            (plan.groups, plan.B, -(-plan.L // steps) * steps, 2 * plan.M, plan.slabs * LANES, ROWS), F32
+            (blocks // cluster, plan.B, -(-plan.L // steps) * steps, 2 * plan.M, plan.slabs, SLAB), F32
         ),
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
@@ -112,8 +106,14 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         out["dgain"] = jax.ShapeDtypeStruct(parameters, F32)
     if plan.coupling == "full":
         out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, LANES, padded), F32)
-    body = functools.partial(_walk, plan, steps, part, chunk)
-    return fw.launch(plan, "coupled_scan_backward", body, arrays, out, _scratch(plan, steps, part), (chunks,))
+    body = functools.partial(_walk, plan, tiling, cluster, chunk)
+    barrier = functools.partial(plgpu.Barrier if cluster == 1 else _ClusterBarrier, num_arrivals=tiling.warpgroups)
+    shared = {"summed": barrier(), "exchanged": barrier()}
+    name = "coupled_scan_backward"
+    return fw.launch(plan, name, body, arrays, out, _scratch, tiling, chunks, cluster=cluster, shared=shared)
+
+
+_ClusterBarrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
 
 
 class _Sums:
@@ -156,10 +156,10 @@ class _Sums:
                 self.weights[j, k, :, self.columns] = value
 
 
-def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
-    m_range = range(plan.M)
+def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
+    m_range, steps, part = range(plan.M), tiling.steps, tiling.part
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    columns = fw.my_columns(cluster)
     first = c * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + steps - 1) // steps
@@ -186,12 +186,12 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
         @pl.when(item < items)
         def _() -> None:
             s, k, _ = tile_of(item)
-            fw.fetch(plan, inp, scr, first + (s * stretch + k) * steps, lax.rem(item, fw.STAGES), steps)
+            fw.fetch(plan, inp, scr, columns, first + (s * stretch + k) * steps, lax.rem(item, fw.STAGES), steps)
 
     lax.fori_loop(0, fw.STAGES, lambda item, _: fetch_item(item), None)
 
     def prepare(slot: Any) -> None:
-        fw.prepare_steps(plan, inp, scr, slot, steps)
+        fw.prepare_steps(plan, inp, scr, columns, slot, steps)
         results = []
         for m in m_range:
             here = fw.present(plan, scr, slot, m, steps)
@@ -235,7 +235,9 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
 
         return fw.walk_steps(count, min(4, steps), step, (state, fw.load_step(plan, scr, 0, C=False)))[0]
 
-    def reverse_step(slot: Any, slab: Any, constants: tl.Constants, t: Any, row: Any, adjoint: State, sums: dict) -> tuple:
+    def reverse_step(
+        slot: Any, slab: Any, constants: tl.Constants, t: Any, row: Any, adjoint: State, sums: dict
+    ) -> tuple:
         """Step t backwards; `adjoint` is the gradient of the state after it."""
         now = fw.spread_step(fw.load_step(plan, scr, t))
         ybar = [tl.load_channels(scr["ybar"].at[t, m]) for m in m_range]
@@ -243,7 +245,10 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
         passed = adjoint
         if plan.masked and plan.coupling != "independent":
             idle = scr["flags"][slot, t, plan.M]
-            passed, adjoint = tl.map_state(lambda v: v * idle, adjoint), tl.map_state(lambda v: v * (1.0 - idle), adjoint)
+            passed, adjoint = (
+                tl.map_state(lambda v: v * idle, adjoint),
+                tl.map_state(lambda v: v * (1.0 - idle), adjoint),
+            )
         decays = [[constants.decay(m, i, now[m][0]) for i in range(ROWS)] for m in m_range]
         entering = [[constants.entering(m, i, before) for i in range(ROWS)] for m in m_range]
         h = [[decays[m][i] * entering[m][i] + now[m][1] * now[m][2][i] for i in range(ROWS)] for m in m_range]
@@ -274,7 +279,7 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
             flows.append(flow)
             results.append((d_exponent, d_u, y))
             exact = plan.dtype != jnp.bfloat16
-            tl.exchange_sums(products_B + products_C, scr["sums"].at[row, m], plan.interpret, exact)
+            tl.sum_channels(products_B + products_C, scr["sums"].at[row, m], plan.interpret, exact)
         if plan.coupling == "full":
             for m in m_range:
                 for j in m_range:
@@ -284,9 +289,7 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
             adjoint = [[tl.total([flows[m][i] for m in m_range]) for i in range(ROWS)]]
         elif plan.coupling == "full":
             weights = constants.weights
-            adjoint = [
-                [tl.total([weights[m][j] * flows[m][i] for m in m_range]) for i in range(ROWS)] for j in m_range
-            ]
+            adjoint = [[tl.total([weights[m][j] * flows[m][i] for m in m_range]) for i in range(ROWS)] for j in m_range]
         else:
             adjoint = flows
         if passed is not None and plan.masked and plan.coupling != "independent":
@@ -300,9 +303,9 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
     def finish(slot: Any, start: Any, offset: int, valid: Any, rows: list) -> list:
         """Results of `part` steps from `offset` of the tile on, in place of the tile's inputs; `rows`: running sums."""
         window = pl.ds(offset, part)
-        lives = plgpu.layout_cast(
-            lax.broadcasted_iota(jnp.int32, (part, CHANNELS), 0), rows_layout(part)
-        ) + offset < valid
+        lives = (
+            plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (part, CHANNELS), 0), rows_layout(part)) + offset < valid
+        )
         results, new_rows = [], []
         for m in m_range:
             columns_of = lambda name, m=m: tl.load_rows(scr[name].at[slot, m, window], part)  # noqa: E731
@@ -341,19 +344,40 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
                     scr[target][slot, m, window] = result[name]
         return new_rows
 
-    def write_projections(start: Any, offset: int, slab: Any) -> None:
-        group, rows = lax.axis_index("group"), pl.ds(start + offset, part)
+    def sum_groups() -> None:
+        """Adds up the sums of the warpgroup's groups of four channels, in place, for the exchange."""
         for m in m_range:
             for k in range(2):
-                pieces = [
-                    tl.load(scr["sums"].at[:, m, w, :, pl.ds(k * ROWS, ROWS)], projection_layout(part)) for w in range(4)
-                ]
-                out["dprojections"][group, b, rows, 2 * m + k, tl.slab_lanes(slab)] = tl.total(pieces)
+                pieces = [tl.load(scr["sums"].at[:, m, w, k], projection_layout(part)) for w in range(8)]
+                scr["sums"][:, m, 0, k] = tl.total(pieces)
+        plgpu.barrier_arrive(scr["block"]["summed"])
+
+    def exchange(start: Any, slab: Any) -> None:
+        """Sums dB and dC over all channels of the cluster; its warpgroups share the work."""
+        plgpu.barrier_wait(scr["block"]["summed"])
+        mine, readers = lax.axis_index("warpgroup"), cluster * tiling.warpgroups
+        if cluster > 1:
+            mine = mine + lax.axis_index("peer") * tiling.warpgroups
+        for pair in range(0, part * plan.M, readers):
+            row, m = lax.div(mine + pair, plan.M), lax.rem(mine + pair, plan.M)
+
+            @pl.when(mine + pair < part * plan.M)
+            def _(row: Any = row, m: Any = m) -> None:
+                pieces = []
+                for peer in range(cluster):
+                    sums = scr["block"]["sums"]
+                    if cluster > 1:
+                        sums = plgpu.cluster_ref(sums, {"peer": peer})
+                    pieces += [tl.load(sums.at[w, row, m, 0], PAIR) for w in range(tiling.warpgroups)]
+                target = out["dprojections"].at[lax.axis_index("group"), b, start + row]
+                target[pl.ds(2 * m, 2), slab] = tl.total(pieces)
+
+        plgpu.barrier_arrive(scr["block"]["exchanged"])
 
     def forward_item(s: Any, k: Any, item: Any) -> None:
         slot = lax.rem(item, fw.STAGES)
-        plgpu.barrier_wait(scr["arrived"].at[slot])
-        fw.prepare_steps(plan, inp, scr, slot, steps)
+        plgpu.barrier_wait(fw.arrival(scr, slot))
+        fw.prepare_steps(plan, inp, scr, columns, slot, steps)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)
         tl.sync()
@@ -370,15 +394,23 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
         slot = lax.rem(item, fw.STAGES)
         start = first + (s * stretch + k) * steps
         valid = steps if plan.L % steps == 0 else jnp.minimum(steps, first + length - start)
-        plgpu.barrier_wait(scr["arrived"].at[slot])
+        plgpu.barrier_wait(fw.arrival(scr, slot))
         prepare(slot)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)
         tl.sync()
 
-        def walk(slab: Any, constants: tl.Constants, offset: int, adjoint: State, sums: dict) -> tuple:
+        def walk(slab: Any, constants: tl.Constants, offset: int, pending: Any, adjoint: State, sums: dict) -> tuple:
+            @pl.when(pending >= 0)
+            def _() -> None:
+                exchange(pending, slab)
+
             if offset == steps - part:
                 rebuild(slot, slab, constants, entry(s, k, slab), valid, note=True)
+
+            @pl.when(pending >= 0)
+            def _() -> None:
+                plgpu.barrier_wait(scr["block"]["exchanged"])
 
             def step(r: Any, carry: tuple) -> tuple:
                 row = count - 1 - r
@@ -387,22 +419,26 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
             count = part if isinstance(valid, int) else jnp.clip(valid - offset, 0, part)
             return fw.walk_steps(count, 1, step, (adjoint, sums))
 
-        adjoint, sums, rows = carry
+        pending, adjoint, sums, rows = carry
         for offset in reversed(range(0, steps, part)):
             if plan.slabs == 1:
-                adjoint, sums = walk(0, constants, offset, adjoint, sums)
+                # The exchange waits until the next sums are due, behind the rebuilding of the states before them.
+                adjoint, sums = walk(0, constants, offset, pending, adjoint, sums)
                 tl.sync()
-                write_projections(start, offset, 0)
+                sum_groups()
+                pending = jnp.asarray(start + offset, jnp.int32)
             else:
 
                 def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
                     adjoint = fw.load_state(plan, scr["carry"].at[slab])
                     stored = _Sums(plan, out, slab, columns)
-                    adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
+                    adjoint, sums = walk(slab, constants, offset, jnp.int32(-1), adjoint, stored.load())
                     fw.store_state(plan, scr["carry"].at[slab], adjoint)
                     stored.store(sums)
                     tl.sync()
-                    write_projections(start, offset, slab)
+                    sum_groups()
+                    exchange(start + offset, slab)
+                    plgpu.barrier_wait(scr["block"]["exchanged"])
 
                 per_slab(slot, one)
             rows = finish(slot, start, offset, valid, rows)
@@ -413,7 +449,7 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
                 plgpu.copy_smem_to_gmem(scr[source].at[slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         fetch_item(item + fw.STAGES)
-        return adjoint, sums, rows
+        return pending, adjoint, sums, rows
 
     def one_stretch(j: Any, carry: tuple) -> tuple:
         s = stretches - 1 - j
@@ -431,7 +467,7 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
         constants = tl.Constants(plan, inp, 0, columns)
         sums = _Sums(plan, out, 0, columns)
         adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
-        carry = (adjoint, sums.zero(), rows)
+        carry = (jnp.int32(-1), adjoint, sums.zero(), rows)
     else:
 
         def start_slab(slab: Any, _: None) -> None:
@@ -441,9 +477,11 @@ def _walk(plan: Plan, steps: int, part: int, chunk: int, inp: Refs, out: Refs, s
             sums.store(sums.zero())
 
         lax.fori_loop(0, plan.slabs, start_slab, None)
-        carry = ([], {}, rows)
-    adjoint, totals, rows = lax.fori_loop(0, stretches, one_stretch, carry)
+        carry = (jnp.int32(-1), [], {}, rows)
+    pending, adjoint, totals, rows = lax.fori_loop(0, stretches, one_stretch, carry)
     if plan.slabs == 1:
+        exchange(pending, 0)
+        plgpu.barrier_wait(scr["block"]["exchanged"])  # before this block's shared memory goes away
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
         sums.store(totals)
     else:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, STATE, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, SLAB, STATE, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STEPS = 8
@@ -50,29 +50,30 @@ def _run(
     plan: Plan, arrays: dict[str, jax.Array], chunk: int, count: int, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     """P and R of the first `count` chunks (`reverse`: of all but the first)."""
-    m, smem = plan.M, plgpu.SMEM
+    m, smem = plan.M, jax.ShapeDtypeStruct
     large = smem((fw.STAGES, m, STEPS, CHANNELS), plan.dtype)
     projection = "C" if reverse else "B"
     scratch = {name: large for name in ("x", "dt", "z", "dy") if name in arrays}
     scratch |= {
-        projection: smem((fw.STAGES, m, STEPS, plan.slabs * LANES, ROWS), plan.dtype),
-        "projections": smem((STEPS, 2 * m, LANES, ROWS), F32),
+        projection: smem((fw.STAGES, m, STEPS, plan.slabs, SLAB), plan.dtype),
+        "projections": smem((STEPS, 2 * m, SLAB), F32),
         "step": smem((STEPS, m, CHANNELS), F32),
         "u": smem((STEPS, m, CHANNELS), F32),
     }
     if plan.flagged:
         scratch["flags"] = smem((fw.STAGES, STEPS, plan.flags), F32)
-    shape = (count, plan.S, plan.B, plan.slabs, ROWS, LANES, plan.groups * CHANNELS)
+    shape = (count, plan.S, plan.B, plan.slabs, ROWS, LANES, plan.padded)
     out = {"product": jax.ShapeDtypeStruct(shape, F32), "rest": jax.ShapeDtypeStruct(shape, F32)}
     body = functools.partial(_summarise, plan, chunk, reverse)
     name = "coupled_scan_adjoint_summary" if reverse else "coupled_scan_summary"
-    result = fw.launch(plan, name, body, arrays, out, scratch, (count,))
+    tiling = fw.choose_tiling(plan, lambda *_: scratch, ((STEPS, STEPS),))
+    result = fw.launch(plan, name, body, arrays, out, lambda *_: scratch, tiling, count)
     return result["product"], result["rest"]
 
 
 def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr: Refs) -> None:
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    columns = fw.my_columns()
     first = (c + 1 if reverse else c) * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + STEPS - 1) // STEPS
@@ -84,14 +85,14 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
     def fetch_tile(n: Any) -> None:
         @pl.when(n < tiles)
         def _() -> None:
-            fw.fetch(plan, inp, scr, start(n), lax.rem(n, fw.STAGES), STEPS)
+            fw.fetch(plan, inp, scr, columns, start(n), lax.rem(n, fw.STAGES), STEPS)
 
     lax.fori_loop(0, fw.STAGES, lambda n, _: fetch_tile(n), None)
 
     def prepare(slot: Any) -> None:
         """dt, and in place of u = dt x (whose factor is B) the gradient of y before the gate (whose factor is C)."""
         if not reverse:
-            return fw.prepare_steps(plan, inp, scr, slot, STEPS)
+            return fw.prepare_steps(plan, inp, scr, columns, slot, STEPS)
         results = []
         for m in range(plan.M):
             here = fw.present(plan, scr, slot, m, STEPS)
@@ -111,7 +112,7 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
             (
                 tl.load(scr["step"].at[t, m], STATE.reduce(0)),
                 tl.load(scr["u"].at[t, m], STATE.reduce(0)),
-                [tl.load(scr["projections"].at[t, 2 * m + row, :, i], STATE.reduce(1)) for i in range(ROWS)],
+                [tl.load_projection(plan, scr["projections"].at[t, 2 * m + row], i) for i in range(ROWS)],
             )
             for m in range(plan.M)
         ]
@@ -151,7 +152,7 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
 
     def tile(n: Any, slab: Any, constants: tl.Constants, state: tuple[State, State]) -> tuple[State, State]:
         slot = lax.rem(n, fw.STAGES)
-        plgpu.barrier_wait(scr["arrived"].at[slot])
+        plgpu.barrier_wait(fw.arrival(scr, slot))
         prepare(slot)
         tl.convert_projections(plan, inp, scr, slot, slab, STEPS)
         tl.sync()

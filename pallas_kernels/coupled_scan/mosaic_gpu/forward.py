@@ -1,11 +1,13 @@
 """The forward kernel, and the summary of chunks that lets them run at once.
 
-A block walks one chunk of one sample's time for 64 channels, tile by tile. Between two barriers of a tile lies the
+A warpgroup walks one chunk of one sample's time for 32 channels, tile by tile. Between two barriers of a tile lies the
 scan of all its steps; the other interval gates and stores the tile's output and prepares the next tile's steps.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,41 +23,54 @@ from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     LANES,
     ROWS,
     SHARED_MEMORY,
+    SLAB,
     STATE,
+    WARPGROUPS,
     Plan,
 )
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STAGES = 2
-PAD = 16
-"""Floats between the rows of partial sums, so that both LANES write to shared memory without bank conflicts."""
+PAD = 8
+"""Floats between the rows of partial sums, so that all LANES write to shared memory without bank conflicts."""
 
 
-def steps_of(plan: Plan) -> int:
-    """Steps of a time tile: two blocks should fit into a multiprocessor's shared memory, one has to."""
-    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY):
-        for steps in (16, 8, 4):
-            if sum(_bytes(s) for s in _scratch(plan, steps).values() if hasattr(s, "dtype")) <= budget:
-                return steps
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Warpgroups of a block, steps of a time tile, and steps whose partial sums are kept at once."""
+
+    warpgroups: int
+    steps: int
+    part: int
+
+
+def choose_tiling(
+    plan: Plan, scratch: Callable[[Plan, int, int], dict[str, Any]], choices: Sequence[tuple[int, int]]
+) -> Tiling:
+    """The largest block, and then the first of the (steps, part), that fits into shared memory."""
+    for warpgroups in range(plan.warpgroups, 0, -1):
+        if WARPGROUPS % warpgroups:
+            continue
+        for steps, part in choices:
+            if warpgroups * sum(map(_bytes, scratch(plan, steps, part).values())) <= SHARED_MEMORY:
+                return Tiling(warpgroups, steps, part)
     raise ValueError(f"no tile fits into shared memory: {plan}")
 
 
 def _bytes(ref: Any) -> int:
-    size = jnp.dtype(ref.dtype).itemsize
-    for axis in ref.shape:
-        size *= axis
-    return size
+    return math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
 
 
-def _scratch(plan: Plan, steps: int) -> dict[str, Any]:
-    m, smem = plan.M, plgpu.SMEM
+def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
+    del part
+    m, smem = plan.M, jax.ShapeDtypeStruct
     large = (STAGES, m, steps, CHANNELS)
     scratch = {
         "x": smem(large, plan.dtype),
         "dt": smem(large, plan.dtype),
-        "B": smem((STAGES, m, steps, plan.slabs * LANES, ROWS), plan.dtype),
-        "C": smem((STAGES, m, steps, plan.slabs * LANES, ROWS), plan.dtype),
-        "projections": smem((steps, 2 * m, LANES, ROWS), F32),
+        "B": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
+        "C": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
+        "projections": smem((steps, 2 * m, SLAB), F32),
         "step": smem((steps, m, CHANNELS), F32),
         "u": smem((steps, m, CHANNELS), F32),
         "parts": smem((steps, m, LANES, CHANNELS + PAD), F32),
@@ -89,9 +104,9 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
     }
     if save:
         out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
-    steps = steps_of(plan)
-    body = functools.partial(_walk, plan, steps, chunk, save)
-    return launch(plan, "coupled_scan_forward", body, arrays, out, _scratch(plan, steps), (-(-plan.L // chunk),))
+    tiling = choose_tiling(plan, _scratch, ((8, 8), (4, 4)))
+    body = functools.partial(_walk, plan, tiling.steps, chunk, save)
+    return launch(plan, "coupled_scan_forward", body, arrays, out, _scratch, tiling, -(-plan.L // chunk))
 
 
 def launch(
@@ -100,23 +115,51 @@ def launch(
     body: Callable[[Refs, Refs, Refs], None],
     arrays: dict[str, jax.Array],
     out: dict[str, Any],
-    scratch: dict[str, Any],
-    chunks: tuple[int],
+    scratch: Callable[[Plan, int, int], dict[str, Any]],
+    tiling: Tiling,
+    chunks: int,
+    *,
+    cluster: int = 1,
+    shared: dict[str, Any] | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every channel group, sample and chunk."""
-    names = [*arrays, *out]
-    copies = sum(key in scratch for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
+    """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every 32 channels, sample and chunk.
+
+    Args:
+        plan: the plan.
+        name: what profiles show.
+        body: what a warpgroup does.
+        arrays: inputs.
+        out: shapes and dtypes of the outputs.
+        scratch: shapes and dtypes of a warpgroup's shared memory.
+        tiling: of the kernel.
+        chunks: of time.
+        cluster: blocks side by side, over channels, that can read each other's shared memory.
+        shared: scratch of the whole block.
+
+    Returns:
+        The outputs by name.
+    """
+    names, own = [*arrays, *out], scratch(plan, tiling.steps, tiling.part)
+    copies = sum(key in own for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
+    groups = -(-plan.D // (tiling.warpgroups * CHANNELS))
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
-        body({k: refs[k] for k in arrays}, {k: refs[k] for k in out}, scratch_refs)
+        warpgroup = lax.axis_index("warpgroup")
+        mine = {key: ref.at[warpgroup] if key in own else ref for key, ref in scratch_refs.items()}
+        body({k: refs[k] for k in arrays}, {k: refs[k] for k in out}, mine | {"block": scratch_refs})
 
     call = plgpu.kernel(
         kernel,
         out_type=tuple(out.values()),
-        scratch_types=scratch | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)},
-        grid=(plan.groups, plan.B, *chunks),
+        scratch_types={k: plgpu.SMEM((tiling.warpgroups, *v.shape), v.dtype) for k, v in own.items()}
+        | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES * tiling.warpgroups)}
+        | (shared or {}),
+        grid=(groups // cluster, plan.B, chunks),
         grid_names=("group", "sample", "chunk"),
+        **({"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}),
+        num_threads=tiling.warpgroups,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
@@ -128,10 +171,23 @@ def launch(
     return dict(zip(out, call(*arrays.values()), strict=True))
 
 
-def fetch(plan: Plan, inp: Refs, scr: Refs, start: Any, slot: Any, steps: int) -> None:
+def my_columns(cluster: int = 1) -> Any:
+    """The channels of this warpgroup."""
+    block = lax.axis_index("group")
+    if cluster > 1:
+        block = block * cluster + lax.axis_index("peer")
+    return pl.ds((block * lax.axis_size("warpgroup") + lax.axis_index("warpgroup")) * CHANNELS, CHANNELS)
+
+
+def arrival(scr: Refs, slot: Any) -> Any:
+    """The barrier that counts the copies into a slot of this warpgroup."""
+    return scr["arrived"].at[lax.axis_index("warpgroup") * STAGES + slot]
+
+
+def fetch(plan: Plan, inp: Refs, scr: Refs, columns: Any, start: Any, slot: Any, steps: int) -> None:
     """Starts the copies of a tile to shared memory; what lies beyond the arrays arrives as zeros."""
-    b, columns = lax.axis_index("sample"), pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
-    arrived, rows = scr["arrived"].at[slot], pl.ds(start, steps)
+    b = lax.axis_index("sample")
+    arrived, rows = arrival(scr, slot), pl.ds(start, steps)
     for key in ("x", "dt", "z", "dy"):
         if key in scr:
             plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows, columns], scr[key].at[slot], arrived)
@@ -147,9 +203,8 @@ def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array |
     return tl.over_channels(scr["flags"].at[slot, :, m], steps) if plan.masked else None
 
 
-def prepare_steps(plan: Plan, inp: Refs, scr: Refs, slot: Any, steps: int) -> None:
+def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int) -> None:
     """dt and u = dt x of a tile."""
-    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
     out = []
     for m in range(plan.M):
         here = present(plan, scr, slot, m, steps)
@@ -166,7 +221,7 @@ def load_step(plan: Plan, scr: Refs, t: Any, *, C: bool = True) -> list[tuple]:
     rows = range(ROWS)
 
     def projection(row: int) -> list[jax.Array]:
-        return [tl.load(scr["projections"].at[t, row, :, i], STATE.reduce(1)) for i in rows]
+        return [tl.load_projection(plan, scr["projections"].at[t, row], i) for i in rows]
 
     return [
         (
@@ -218,7 +273,7 @@ def store_state(plan: Plan, ref: Any, state: State, columns: Any = None) -> None
 
 def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: Refs, scr: Refs) -> None:
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns = pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    columns = my_columns()
     first = c * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + steps - 1) // steps
@@ -226,7 +281,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
     def fetch_tile(n: Any) -> None:
         @pl.when(n < tiles)
         def _() -> None:
-            fetch(plan, inp, scr, first + n * steps, lax.rem(n, STAGES), steps)
+            fetch(plan, inp, scr, columns, first + n * steps, lax.rem(n, STAGES), steps)
 
     lax.fori_loop(0, STAGES, lambda n, _: fetch_tile(n), None)
 
@@ -281,8 +336,8 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
 
     def prepare(n: Any) -> None:
         slot = lax.rem(n, STAGES)
-        plgpu.barrier_wait(scr["arrived"].at[slot])
-        prepare_steps(plan, inp, scr, slot, steps)
+        plgpu.barrier_wait(arrival(scr, slot))
+        prepare_steps(plan, inp, scr, columns, slot, steps)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)
 

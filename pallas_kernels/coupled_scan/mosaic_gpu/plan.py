@@ -13,12 +13,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.types import Full, Problem, Readout, Shared
 
-CHANNELS = 64
-"""Channels of a block, which is one warpgroup: 16 channels a warp."""
-LANES, ROWS = 2, 8
-"""A thread has ROWS states of one channel; LANES threads side by side share the channel."""
+CHANNELS = 32
+"""Channels of a warpgroup: 8 channels a warp."""
+LANES, ROWS = 4, 4
+"""A thread has ROWS states of one channel; LANES threads of a warp share the channel."""
 SLAB = LANES * ROWS
 """States that a block carries at once; more states are walked slab by slab."""
+WARPGROUPS = 4
+"""Most warpgroups of a block. Four also make the compiler stay within 128 registers a thread."""
 LOG2E = math.log2(math.e)
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory a block may have (Hopper)."""
@@ -31,24 +33,22 @@ def _tiled(*args: Any) -> Any:
     return plgpu.Layout.TILED(plgpu.Tiling(args[0]), *args[1:])
 
 
-STATE = _tiled(((LANES, CHANNELS), (16,), (1,)), (-3,), (-4, -2), -1)
-"""[LANES, CHANNELS]: warps and 16 lanes over channels, 2 lanes over states. A state is a list of ROWS of these."""
+STATE = _tiled(((LANES, CHANNELS), (8,), (1,)), (-3,), (-4, -2), -1)
+"""[LANES, CHANNELS]: warps and 8 lanes over channels, 4 lanes over states. A state is a list of ROWS of these."""
 
 
 def rows_layout(steps: int) -> Any:
     """[steps, CHANNELS], every element in one thread: for what is done once for each channel and step."""
     if steps % 8 == 0:
-        return _tiled(((8, 64), (2, 64), (4,)), (-5,), (-3, -2), -1)
-    if steps == 4:
-        return _tiled(((4, 64), (2,)), (-3,), (-2,), -1)
-    return _tiled(((2, 64), (32,), (1,)), (-4, -3), (-2,), -1)
+        return _tiled(((8, 32), (2, 32), (2,)), (-5,), (-3, -2), -1)
+    return _tiled(((4, 32), (1,)), (-3,), (-2,), -1)
 
 
 def projection_layout(steps: int) -> Any:
-    """[steps, LANES, ROWS] of B or C."""
+    """[steps, SLAB] of B or C."""
     if steps % 8 == 0:
-        return _tiled(((8, 2, 8), (2, 2, 8), (1,)), (-7,), (-4, -3, -2), -1)
-    return _tiled(((4, 2, 8), (1,)), (-4,), (-3, -2, plgpu.Replicated(2)), -1)
+        return _tiled(((8, 16), (2, 16), (1,)), (-5,), (-3, -2), -1)
+    return _tiled(((4, 16), (1,)), (-3,), (plgpu.Replicated(2), -2), -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +109,15 @@ class Plan:
         return -(-self.N // SLAB)
 
     @property
-    def groups(self) -> int:
-        """Blocks of channels."""
-        return -(-self.D // CHANNELS)
+    def warpgroups(self) -> int:
+        """Warpgroups that D can employ."""
+        return min(WARPGROUPS, -(-self.D // CHANNELS))
+
+    @property
+    def padded(self) -> int:
+        """Channels of the small arrays: whole warpgroups of whole blocks, of however many warpgroups."""
+        block = WARPGROUPS * CHANNELS
+        return -(-self.D // block) * block
 
     @property
     def flagged(self) -> bool:
@@ -127,14 +133,14 @@ class Plan:
     def chunks(self) -> int:
         """Parts of the sequence that run at once; each but the last is summarised first.
 
-        One block a channel group and sample leaves multiprocessors idle where B x D is small. A chunk more costs a
-        second pass over the decays (about 0.7 of the forward pass), so time is only cut where fewer than one block a
-        multiprocessor would run. Full would need products of M x M matrices and is never cut.
+        A block of 128 channels fills a multiprocessor. A chunk more costs a second pass over the decays (about 0.7 of
+        the forward pass), so time is only cut where more than half of the multiprocessors would idle. Full would need
+        products of M x M matrices and is never cut.
         """
-        blocks = self.B * self.groups
-        if self.coupling == "full" or blocks > MULTIPROCESSORS:
+        blocks = self.B * (self.padded // (WARPGROUPS * CHANNELS))
+        if self.coupling == "full":
             return 1
-        return max(1, min(2 * MULTIPROCESSORS // blocks, self.L // 256))
+        return max(1, min(MULTIPROCESSORS // blocks, self.L // 256))
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""

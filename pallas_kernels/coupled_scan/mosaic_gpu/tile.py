@@ -67,25 +67,25 @@ def over_channels(ref: Any, steps: int) -> Array:
 
 
 def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int) -> None:
-    """B and C of a slab as float32 [steps, 2 M, LANES, ROWS]; zero where masked, whatever they hold."""
+    """B and C of a slab as float32 [steps, 2 M, SLAB]; zero where masked, whatever they hold."""
     layout = projection_layout(steps)
     for m in range(plan.M):
         for row, name in ((2 * m, "B"), (2 * m + 1, "C")):
             if name not in inp:
                 continue
-            values = load(scr[name].at[slot, m, :, slab_lanes(slab)], layout).astype(F32)
+            values = load(scr[name].at[slot, m, :, slab], layout).astype(F32)
             if plan.masked:
-                present = load(scr["flags"].at[slot, :, m], layout.reduce(2).reduce(1))
+                present = load(scr["flags"].at[slot, :, m], layout.reduce(1))
                 present = lax.broadcast_in_dim(present, values.shape, (0,))
                 values = jnp.where(plgpu.layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
             scr["projections"][:, row] = values
 
 
-def slab_lanes(slab: Any) -> Any:
-    """Where a slab lies on the axis of states // ROWS."""
-    from jax.experimental import pallas as pl
-
-    return pl.ds(slab * LANES, LANES)
+def load_projection(plan: Plan, ref: Any, i: int) -> Array:
+    """Row i of one step's B or C, a reference [SLAB], before it is spread: [LANES]."""
+    if plan.interpret:  # knows no reshaped references
+        return ref[...].reshape(LANES, ROWS)[:, i]
+    return load(ref.reshape(LANES, ROWS).at[:, i], STATE.reduce(1))
 
 
 def softplus(plan: Plan, values: Array) -> Array:
@@ -182,9 +182,7 @@ def advance(plan: Plan, constants: Constants, state: State, now: list[tuple]) ->
     h = []
     for m in range(plan.M):
         dt, u, B = now[m][:3]
-        h.append(
-            [constants.decay(m, i, dt) * constants.entering(m, i, state) + u * B[i] for i in range(ROWS)]
-        )
+        h.append([constants.decay(m, i, dt) * constants.entering(m, i, state) + u * B[i] for i in range(ROWS)])
     if plan.coupling == "shared":
         return h, [[total([h[m][i] for m in range(plan.M)]) for i in range(ROWS)]]
     return h, h
@@ -229,21 +227,21 @@ def sync() -> None:
     plgpu.commit_smem()
 
 
-def exchange_sums(products: list[Array], ref: Any, interpret: Any, exact: bool) -> None:
-    """Sums each of 2 * ROWS arrays [LANES, CHANNELS] over the channels of each warp, into a reference [4, LANES, 16].
+def sum_channels(products: list[Array], ref: Any, interpret: Any, exact: bool) -> None:
+    """Sums 2 * ROWS arrays [LANES, CHANNELS] over every four channels, into a reference [8, 2, SLAB].
 
-    The tensor cores do it: with A = rows of a unit matrix and B = the products, A B adds four lanes and puts the sums
-    of array r into row r; products of two arrays share one instruction. Shuffles would take 7.5 instructions an array.
+    The tensor cores do it: a product of a matrix with ones adds four lanes, for four arrays in one instruction; by
+    shuffles it would take 6 instructions for each array.
 
     Args:
         products: the arrays.
-        ref: where the sums go.
+        ref: where the sums go; axis 0 counts the groups of four channels.
         interpret: whether the kernel is interpreted.
         exact: adds what the tensor cores cut off (13 of 24 bits) in a second pass.
     """
     if interpret:
-        stacked = jnp.stack(products).reshape(len(products), LANES, 4, CHANNELS // 4)
-        ref[...] = jnp.transpose(jnp.sum(stacked, axis=3), (2, 1, 0))
+        stacked = jnp.stack(products).reshape(2, ROWS, LANES, 8, CHANNELS // 8)
+        ref[...] = jnp.transpose(jnp.sum(stacked, axis=4), (3, 0, 2, 1)).reshape(8, 2, -1)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * len(products)))
@@ -251,63 +249,59 @@ def exchange_sums(products: list[Array], ref: Any, interpret: Any, exact: bool) 
         del ctx
         _sum_over_lanes(target, [a.registers.item() for a in arrays], exact)
 
-    sums(ref, *products)
+    sums(ref.reshape(8, 2, LANES, ROWS), *products)
 
 
 def _sum_over_lanes(target: Any, registers: list[Any], exact: bool) -> None:
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
+    from jax._src.lib.mlir.dialects import arith, llvm, scf, vector
 
     i32, f32, index = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.IndexType.get()
 
     def const(value: int) -> Any:
         return arith.constant(i32, value)
 
+    def equal(left: Any, right: int) -> Any:
+        return arith.cmpi(arith.CmpIPredicate.eq, left, const(right))
+
     thread = mgpu.utils.thread_idx()
     lane = arith.andi(thread, const(31))
     warp = arith.andi(arith.shrui(thread, const(5)), const(3))
-    lane_row = arith.shrui(lane, const(2))
-    zero = const(0)
-    one = arith.constant(i32, 0x3F800000)
-    half = len(registers) // 2
+    four, within = arith.shrui(lane, const(2)), arith.andi(lane, const(3))
+    zero, one = const(0), const(0x3F800000)
     acc = [arith.constant(f32, 0.0)] * 4
     result_type = llvm.StructType.get_literal([f32] * 4)
     code = (
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
-
-    def bits(value: Any) -> Any:
-        return arith.bitcast(i32, value)
-
-    for r in range(half):
-        # Row r of A is one for k < 4, row r + 8 for k >= 4: the first register of B goes to row r, the second to r + 8.
-        unit = arith.select(arith.cmpi(arith.CmpIPredicate.eq, lane_row, const(r)), one, zero)
-        pair = [
-            vector.extract(registers[k], dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
-            for k in (r, r + half)
+    for half in range(2):
+        values = [
+            vector.extract(r, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+            for r in registers[half * ROWS : (half + 1) * ROWS]
         ]
-        parts = [pair]
+        # Lane l holds row l // 4, column l % 4 (and + 8, + 4) of A. B sends the sum of columns 0 to 3 to column 2 half
+        # of the result and that of 4 to 7 to the next; lane l receives columns 2 (l % 4) and the next.
+        ones = [arith.select(equal(four, 2 * half + k), one, zero) for k in range(2)]
+        parts = [values]
         if exact:
-            high = [arith.bitcast(f32, arith.andi(bits(v), const(-8192))) for v in pair]
-            parts = [high, [arith.subf(v, h) for v, h in zip(pair, high, strict=True)]]
+            high = [arith.bitcast(f32, arith.andi(arith.bitcast(i32, v), const(-8192))) for v in values]
+            parts = [high, [arith.subf(v, h) for v, h in zip(values, high, strict=True)]]
         for part in parts:
+            a = [arith.bitcast(i32, part[k]) for k in (0, 2, 1, 3)]
             out = llvm.inline_asm(
                 result_type,
-                [unit, zero, zero, unit, *map(bits, part), *acc],
+                [*a, *ones, *acc],
                 code,
                 "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
                 has_side_effects=False,
             )
             acc = [llvm.extractvalue(f32, out, [k]) for k in range(4)]
-    # A thread now has columns 2 q and 2 q + 1 (q = lane % 4) of rows lane // 4 and lane // 4 + 8; four columns are one
-    # of the LANES that share a channel.
-    for row, (left, right) in ((0, acc[:2]), (half, acc[2:])):
-        value = arith.addf(left, right)
-        value = arith.addf(value, mgpu.utils.shfl_bfly(value, 1))
-        position = [
-            warp,
-            arith.andi(arith.shrui(lane, const(1)), const(1)),
-            arith.addi(lane_row, const(row)),
-        ]
-        memref.store(value, target, [arith.index_cast(index, p) for p in position])
+    # Lane l has the sums over the lanes of l // 4, which is 2 * (lane of the state) + (half of the warp's channels).
+    group = arith.addi(arith.shli(warp, const(1)), arith.andi(four, const(1)))
+    position = [group, within, arith.shrui(four, const(1)), zero]
+    writes = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, within, const(2)))
+    with ir.InsertionPoint(writes.then_block):
+        row = vector.from_elements(ir.VectorType.get((ROWS,), f32), acc)
+        vector.store(row, target, [arith.index_cast(index, p) for p in position])
+        scf.yield_([])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan.mosaic_gpu import backward, chunks, forward
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, LOG2E, ROWS, SLAB, Plan, pad_axis
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LANES, LOG2E, ROWS, SLAB, Plan, pad_axis
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
 
 Array = jax.Array
@@ -54,7 +54,7 @@ def prepare(interpret: Any, p: Problem) -> tuple[Plan, dict[str, Array]]:
     """The plan and the arrays of the kernels.
 
     Returns:
-        The plan, its D a multiple of ALIGNED, and: x, dt, z [M, B, L, D]; B, C [M, B, L, N / ROWS, ROWS]; flags
+        The plan, its D a multiple of ALIGNED, and: x, dt, z [M, B, L, D]; B, C [M, B, L, slabs, SLAB]; flags
         [B, L, F] if needed; with the channels padded to D', whole blocks, A [M, slabs, ROWS, LANES, D'] (times
         log2(e)), dt_bias and skip [M, D'], state [S, B, slabs, ROWS, LANES, D']; gain [M, slabs, ROWS, LANES]
         (log2 g) or weights [M, M].
@@ -62,14 +62,14 @@ def prepare(interpret: Any, p: Problem) -> tuple[Plan, dict[str, Array]]:
     d = -(-p.x.shape[-1] // ALIGNED) * ALIGNED
     plan = Plan.of(p, interpret)
     plan = Plan(**{**plan.__dict__, "D": d})
-    padded, states = plan.groups * CHANNELS, plan.slabs * SLAB
+    padded, states = plan.padded, plan.slabs * SLAB
 
     def large(values: Array) -> Array:
         return pad_axis(values.astype(plan.dtype), 3, d)
 
     def projection(values: Array) -> Array:
         values = pad_axis(values.astype(plan.dtype), 3, states)
-        return values.reshape(*values.shape[:3], states // ROWS, ROWS)
+        return values.reshape(*values.shape[:3], plan.slabs, SLAB)
 
     def row(values: Array | None) -> Array:
         values = jnp.zeros((plan.M, p.x.shape[-1]), F32) if values is None else values.astype(F32)
@@ -120,7 +120,7 @@ def unpack_states(values: Array, d: int, n: int) -> Array:
 def pack_state(plan: Plan, p: Problem, state: Array) -> Array:
     """A state as the API has it -> [S, B, slabs, ROWS, LANES, D']."""
     state = state if state.ndim == 4 else state[None]
-    return pack_states(pad_axis(state, 2, plan.groups * CHANNELS), plan.slabs * SLAB)
+    return pack_states(pad_axis(state, 2, plan.padded), plan.slabs * SLAB)
 
 
 def unpack_state(p: Problem, state: Array) -> Array:
