@@ -1,11 +1,26 @@
 """Everything that differs between the supported JAX versions, and only that."""
 
+import contextlib
+import contextvars
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted(value: bool) -> Iterator[None]:
+    """Whether the GPU kernel that is being traced will be interpreted."""
+    token = _interpreted.set(value)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
 
 
 @functools.cache
@@ -14,9 +29,16 @@ def _load_takes_index() -> bool:
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """`plgpu.load` of a whole reference (up to JAX 0.10 it wants an index)."""
+    """`plgpu.load` of a whole reference: up to JAX 0.10 it wants an index, and the interpreter does not know it."""
+    if _interpreted.get():
+        return ref[...]
     index = (...,) if _load_takes_index() else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def layout_cast(values: jax.Array, layout: Any) -> jax.Array:
+    """`plgpu.layout_cast`, which the interpreter does not know up to JAX 0.10."""
+    return values if _interpreted.get() else plgpu.layout_cast(values, layout)
 
 
 def interpret_params() -> Any:

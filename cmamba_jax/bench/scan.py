@@ -6,6 +6,7 @@ The baseline, `plain`, is `jax.lax.associative_scan` over the whole sequence, di
 import dataclasses
 import functools
 import json
+import pathlib
 import platform
 import re
 import statistics
@@ -44,6 +45,16 @@ class Options:
     """Timed runs of each variant; the variants take turns."""
     json: bool = False
     """Print one JSON object instead of a table."""
+    device_table: bool = False
+    """On an accelerator: all shapes against the device's limits, and against other projects' scans if installed."""
+    shapes: tuple[Literal["S1", "S2", "S3", "S4"], ...] = ("S1", "S2", "S3", "S4")
+    """Shapes of the device table."""
+    sweep: bool = False
+    """Also sweep L and B in the device table."""
+    peers: tuple[str, ...] = ("installed",)
+    """Rows of the device table beside ours: mamba_ssm, jax-linear-attention, xla; "installed": all that are there."""
+    output: pathlib.Path = pathlib.Path("runs/bench")
+    """Folder for the device table's scan.json and scan.png."""
 
 
 def main(args: list[str]) -> None:
@@ -53,6 +64,16 @@ def main(args: list[str]) -> None:
         args: words after ``scan``.
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench scan")
+    if options.device_table:
+        from cmamba_jax.bench import device_table, peers
+
+        names = peers.available() if options.peers == ("installed",) else options.peers
+        known = (*peers.RUNNERS, *implementations())
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"peers: unknown {unknown[0]!r}; known: {', '.join(known)}")
+        rows = ("chosen", *names)
+        print(device_table.run(options.shapes, options.sweep, rows, options.output, options.repeats))
+        return
     result = measure(options)
     print(json.dumps(result, indent=2) if options.json else _table(result))
 

@@ -5,6 +5,7 @@ types.py      couplings, the problem handed to an implementation, the result
 reference.py  one step at a time, as the equations read
 xla.py        associative scan in time chunks, for every backend
 discretize.py what surrounds the recurrence in both
+mosaic_gpu/   Pallas kernels for NVIDIA GPUs
 mosaic_tpu/   Pallas kernels for TPUs
 cases.py      shapes and inputs shared by tests and benchmarks
 """

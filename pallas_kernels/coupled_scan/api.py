@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels.coupled_scan import mosaic_tpu, reference, xla
+from pallas_kernels.coupled_scan import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.coupled_scan.types import (
     Array,
     Coupling,
@@ -65,6 +65,12 @@ _IMPLEMENTATIONS = (
         _everything,
     ),
     Implementation(
+        "mosaic_gpu",
+        "Pallas kernels for NVIDIA GPUs from Hopper on: every coupling, float32 and bfloat16, M up to 8, N up to 128",
+        mosaic_gpu.scan,
+        mosaic_gpu.unsupported,
+    ),
+    Implementation(
         "mosaic_tpu",
         "Pallas kernels for TPUs: every coupling, float32 and bfloat16, M up to 8, N up to 128; never run on a TPU yet",
         mosaic_tpu.scan,
@@ -93,7 +99,11 @@ def choose_implementation(problem: Problem, platform: str | None = None) -> Choi
         if why := mosaic_tpu.unsupported(problem, platform):
             return Choice("xla", f"mosaic_tpu cannot: {why}; the chunked associative scan runs everywhere")
         return Choice("mosaic_tpu", "the Pallas kernels for TPUs")
-    return Choice("xla", f"no kernel is tested for {platform} yet; the chunked associative scan runs everywhere")
+    if platform == "gpu":
+        if why := mosaic_gpu.unsupported(problem, platform):
+            return Choice("xla", f"mosaic_gpu cannot: {why}; the chunked associative scan runs everywhere")
+        return Choice("mosaic_gpu", "the Pallas kernels for GPUs, tested on an H100")
+    return Choice("xla", f"there is no kernel for {platform}; the chunked associative scan runs everywhere")
 
 
 def coupled_scan(

@@ -19,9 +19,10 @@ from pallas_kernels import Full, Independent, Shared, coupled_scan, coupled_scan
 from pallas_kernels.coupled_scan import api
 from pallas_kernels.coupled_scan.cases import Case, covering_cases, make_inputs
 
-# test_mosaic_tpu.py runs the interpreted kernels: they take too long to compile for the whole suite.
+# Files of their own run the interpreted kernels: they take too long to compile for the whole suite.
+KERNELS = ("mosaic_gpu", "mosaic_tpu")
 RUNNERS = {
-    name: functools.partial(coupled_scan, implementation=name) for name in implementations() if name != "mosaic_tpu"
+    name: functools.partial(coupled_scan, implementation=name) for name in implementations() if name not in KERNELS
 }
 COUPLINGS = ["independent", "shared", "full"]
 # Largest relative L2 error of (y and final state, gradients).

@@ -1,12 +1,120 @@
-"""The coupled scan as Pallas kernels for NVIDIA GPUs of the Hopper generation and newer."""
+"""The coupled scan as Pallas kernels for NVIDIA GPUs of the Hopper generation and newer, forward and backward.
 
+vjp.py       problem -> arrays of the kernels -> results; the derivative rule
+plan.py      sizes, layouts over the threads, and the rule that cuts time into chunks
+tile.py      what the kernels do alike: loads, elementwise maths, one step, sums over channels
+forward.py   the forward kernel, and how a kernel is launched
+backward.py  the backward kernel
+chunks.py    what enters chunks of time that run at once
+
+Axes: M modality, B batch, L time, D channel, N state; S chains (1 for `shared`: H = SUM_m h^m, else M).
+
+**Work of a thread.** A block is one warpgroup (128 threads) with 64 channels of one sample and one chunk of time. A
+thread carries 8 states of one channel, two half-warps share the channels' 16 states; more states are walked slab by
+slab, fewer are filled up with zeros. Everything of a step is elementwise in registers, but for y, whose halves meet in
+shared memory, and (backwards) the sums over channels for dB and dC, which the tensor cores take.
+
+**Walk of a tile.** Tiles of 8 or 16 steps arrive by the copy engine, two in flight. What is needed once a channel
+and step (softplus, dt x, gates, skip, all conversions) is done with every element in one thread and passed to the scan
+through shared memory as float32; so the scan's inner loop is 6.3 instructions for each state and modality, one of them
+the exponential: exp2(dt A' + log2 g), a product with the state and one with B, a sum into H, one into y.
+
+**Where things live.** Registers: the states, A and log g of the thread, in the backward pass also the running sums of
+dA and d(log g). Shared memory: tiles in flight, the tile's dt, dt x, B and C, halves of y; backwards the state entering
+each step of a tile and the partial sums of dx, ddt and y. Device memory: arguments and results, the state entering
+every 128 steps (saved by the forward pass), that entering each tile of the stretch at hand (written and read again by
+the backward pass), and sums of dB and dC for each group of 64 channels. Nothing of size L x D x N, no atomic operation.
+
+**Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
+each chunk's end state from zero and the product of its decays, a prefix over the chunks gives the entering states. The
+one chain H of `shared` makes that one product a state, whatever M is.
+
+**Tried, and not kept** (S2 on an H100, ms). Forward: a thread with 8 states, loads after stores 0.87, loads first 0.74,
+all 8 steps of a tile unrolled and loads one step ahead 0.70 to 0.76 (kept); 4 states a thread and twice the warps 0.73
+(more instructions eat what latency gains). Backward: 4 states a thread 5.3 instead of 4.1 (shared memory becomes the
+limit); sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once);
+log g in shared memory, or two steps an iteration: no difference.
+"""
+
+import dataclasses
 from typing import Any
 
-from pallas_kernels.coupled_scan.types import Problem, ScanOutput
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.coupled_scan.types import Independent, Problem, ScanOutput
+
+MAX_MODALITIES, MAX_STATES = 8, 128
 
 
 def scan(problem: Problem, *, interpret: Any = None) -> ScanOutput:
-    """Solves the problem on a GPU."""
+    """Solves the problem on a GPU.
+
+    Args:
+        problem: the checked arguments.
+        interpret: `pallas_kernels._compat.interpret_params()`: run the kernels step by step on any device, for tests.
+
+    Returns:
+        y and the final state.
+    """
+    # Importing Pallas takes a third of a second, which programs on other devices need not spend.
     from pallas_kernels.coupled_scan.mosaic_gpu import vjp
 
-    return vjp.scan(interpret, problem)
+    if not _by_modality(problem):
+        return vjp.scan(interpret, problem)
+    parts = [vjp.scan(interpret, _modality(problem, m)) for m in range(problem.x.shape[0])]
+    return jax.tree.map(lambda *values: jnp.concatenate(values), *parts)
+
+
+def _by_modality(p: Problem) -> bool:
+    """Whether the modalities are scanned one after the other: without coupling, where together they would not fit."""
+    separate = isinstance(p.coupling, Independent) and p.readout == "per_modality" and p.x.shape[0] > 1
+    return separate and _does_not_fit(p) is not None
+
+
+def _modality(p: Problem, m: int) -> Problem:
+    """The problem of one modality of an uncoupled problem."""
+    shared = {"coupling": p.coupling, "reset": p.reset, "dt_softplus": p.dt_softplus, "readout": p.readout}
+    fields = {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name not in shared}
+    return Problem(**{name: None if value is None else value[m : m + 1] for name, value in fields.items()}, **shared)
+
+
+def unsupported(problem: Problem, platform: str) -> str | None:
+    """Why the kernels cannot solve a problem, or None if they can."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, the default device is a {platform}"
+    if why := _wrong_gpu():
+        return why
+    return limits(problem)
+
+
+def limits(problem: Problem) -> str | None:
+    """Why the kernels cannot solve a problem on any GPU, or None if they can."""
+    m, n = problem.x.shape[0], problem.A.shape[-1]
+    if m > MAX_MODALITIES or n > MAX_STATES:
+        return f"it takes up to {MAX_MODALITIES} modalities and {MAX_STATES} states, got M={m}, N={n}"
+    return None if _by_modality(problem) else _does_not_fit(problem)
+
+
+def _does_not_fit(p: Problem) -> str | None:
+    from pallas_kernels.coupled_scan.mosaic_gpu import backward, forward
+    from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
+
+    plan = Plan.of(p)
+    try:
+        forward.choose_tiling(plan, forward.scratch, ((4, 4),))
+        backward.choose_tiling(plan)
+    except ValueError:
+        return f"tiles of {plan.M} modalities and {plan.N} states in {plan.dtype} do not fit into shared memory"
+    return None
+
+
+def _wrong_gpu() -> str | None:
+    device = jax.config.jax_default_device
+    device = device if hasattr(device, "compute_capability") else jax.devices("gpu")[0]
+    capability = getattr(device, "compute_capability", "unknown")
+    try:
+        hopper = float(capability) >= 9.0
+    except ValueError:
+        hopper = False
+    return None if hopper else f"it needs a Hopper GPU (compute capability 9.0) or newer, this one has {capability}"

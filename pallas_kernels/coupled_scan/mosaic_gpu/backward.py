@@ -1,6 +1,6 @@
 """The backward kernel.
 
-A warpgroup walks one chunk of one sample's time for 32 channels, last tile first. The forward pass saved the state
+A block walks one chunk of one sample's time for 64 channels, last tile first. The forward pass saved the state
 entering every SAVE steps; at the end of such a stretch it walks it once forwards and notes the states entering
 its tiles (in device memory, where the level-2 cache keeps them). Every tile is then walked forwards once more, noting
 the state entering each step in shared memory, and backwards with the adjoint.
@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
@@ -30,10 +31,8 @@ from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
 )
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
-PAIR = plgpu.Layout.TILED(plgpu.Tiling(((2, SLAB), (1,))), (plgpu.Replicated(4),), (-3, -2), -1)
-"""[2, SLAB]: dB and dC of one step and modality, the same in all warps."""
 SAVE = 128
-"""Steps between the states that the forward pass saves; with tiles of 8 steps it halves what is kept at L = 2,048."""
+"""Steps between saved states. L / SAVE of them are kept, and SAVE / 8 noted: least together near SAVE = sqrt(8 L)."""
 LN2 = 0.6931471805599453
 
 
@@ -52,10 +51,10 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "step": smem((steps, m, CHANNELS), F32),
         "u": smem((steps, m, CHANNELS), F32),
         "ybar": smem((steps, m, CHANNELS), F32),
-        "history": smem((steps, plan.S, ROWS, LANES, CHANNELS), F32),
+        "history": smem((steps, plan.S, ROWS // 4, LANES * CHANNELS, 4), F32),
         "d_exponent": parts,
         "d_u": parts,
-        "sums": smem((part, m, 8, 2, SLAB), F32),
+        "sums": smem((part, m, 4, 2, SLAB), F32),
     }
     if plan.gate:
         scratch |= {"z": smem(large, plan.dtype), "y": parts}
@@ -76,15 +75,12 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         chunk: steps a chunk.
 
     Returns:
-        "dx", "ddt", "dz" [M, B, L, D]; for each cluster "dprojections" [clusters, B, L', 2 M, slabs, SLAB] (B and C by
-        turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, ROWS, LANES, D'], "drows"
+        "dx", "ddt", "dz" [M, B, L, D]; for each channel group "dprojections" [groups, B, L', 2 M, slabs, SLAB] (B and
+        C by turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, ROWS, LANES, D'], "drows"
         [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, LANES, D'];
         "dstate" [chunks, S, B, slabs, ROWS, LANES, D'], the adjoint that leaves a chunk at its start.
     """
-    tiling = fw.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
-    steps, part = tiling.steps, tiling.part
-    blocks = -(-plan.D // (tiling.warpgroups * CHANNELS))
-    cluster = 1 if plan.interpret else next(n for n in (4, 2, 1) if blocks % n == 0)
+    tiling = steps, part = choose_tiling(plan)
     chunks, *state = arrays["adjoint"].shape
     padded = state[-1]
     large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype)
@@ -93,7 +89,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         "dx": large,
         "ddt": large,
         "dprojections": jax.ShapeDtypeStruct(
-            (blocks // cluster, plan.B, -(-plan.L // steps) * steps, 2 * plan.M, plan.slabs, SLAB), F32
+            (plan.groups, plan.B, -(-plan.L // steps) * steps, 2 * plan.M, plan.slabs, SLAB), plan.dtype
         ),
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
@@ -106,14 +102,13 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         out["dgain"] = jax.ShapeDtypeStruct(parameters, F32)
     if plan.coupling == "full":
         out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, LANES, padded), F32)
-    body = functools.partial(_walk, plan, tiling, cluster, chunk)
-    barrier = functools.partial(plgpu.Barrier if cluster == 1 else _ClusterBarrier, num_arrivals=tiling.warpgroups)
-    shared = {"summed": barrier(), "exchanged": barrier()}
-    name = "coupled_scan_backward"
-    return fw.launch(plan, name, body, arrays, out, _scratch, tiling, chunks, cluster=cluster, shared=shared)
+    body = functools.partial(_walk, plan, tiling, chunk)
+    return fw.launch(plan, "coupled_scan_backward", body, arrays, out, _scratch, tiling, chunks)
 
 
-_ClusterBarrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
+def choose_tiling(plan: Plan) -> tuple[int, int]:
+    """Steps of a tile, and steps of it whose partial sums are kept at once: all where slabs add to them by turns."""
+    return fw.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
 
 
 class _Sums:
@@ -128,7 +123,7 @@ class _Sums:
 
     def zero(self) -> dict[str, Any]:
         """All sums zero."""
-        zero = plgpu.layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
+        zero = layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
         sums = {name: [[zero] * ROWS for _ in range(self.plan.M)] for name in self.names}
         if self.weights is not None:
             sums["dweights"] = [[zero] * self.plan.M for _ in range(self.plan.M)]
@@ -156,10 +151,10 @@ class _Sums:
                 self.weights[j, k, :, self.columns] = value
 
 
-def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
-    m_range, steps, part = range(plan.M), tiling.steps, tiling.part
+def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
+    m_range, (steps, part) = range(plan.M), tiling
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns = fw.my_columns(cluster)
+    columns = fw.my_columns()
     first = c * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + steps - 1) // steps
@@ -217,11 +212,13 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
         else:
             lax.fori_loop(0, plan.slabs, one, None)
 
-    def entry(s: Any, k: Any, slab: Any) -> State:
-        """The state entering tile k of stretch s."""
+    def entry(k: Any, slab: Any) -> State:
+        """The state entering tile k of the stretch."""
+        return fw.load_state(plan, out["entries"].at[c, k, :, b, slab], columns=columns)
+
+    def start_stretch(s: Any, slab: Any) -> None:
         saved = fw.load_state(plan, inp["saved"].at[(first + s * SAVE) // SAVE, :, b, slab], columns=columns)
-        noted = fw.load_state(plan, out["entries"].at[c, k, :, b, slab], columns=columns)
-        return tl.map_state(functools.partial(tl.choose, k == 0), saved, noted)
+        fw.store_state(plan, out["entries"].at[c, 0, :, b, slab], saved, columns)
 
     def rebuild(slot: Any, slab: Any, constants: tl.Constants, state: State, count: Any, note: bool) -> State:
         def step(t: Any, carry: tuple) -> tuple:
@@ -229,7 +226,8 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
             following = fw.load_step(plan, scr, jnp.minimum(t + 1, steps - 1), C=False)
             entering = tl.reset_state(plan, scr, slot, t, state)
             if note:
-                fw.store_state(plan, scr["history"].at[t], entering)
+                for s in range(plan.S):
+                    tl.save_thread(scr["history"].at[t, s], entering[s], plan.interpret)
             after = tl.advance(plan, constants, entering, fw.spread_step(loaded))[1]
             return tl.hold_state(plan, scr, slot, t, entering, after), following
 
@@ -241,7 +239,7 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
         """Step t backwards; `adjoint` is the gradient of the state after it."""
         now = fw.spread_step(fw.load_step(plan, scr, t))
         ybar = [tl.load_channels(scr["ybar"].at[t, m]) for m in m_range]
-        before = fw.load_state(plan, scr["history"].at[t])
+        before = [tl.load_thread(scr["history"].at[t, s], plan.interpret) for s in range(plan.S)]
         passed = adjoint
         if plan.masked and plan.coupling != "independent":
             idle = scr["flags"][slot, t, plan.M]
@@ -303,9 +301,7 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
     def finish(slot: Any, start: Any, offset: int, valid: Any, rows: list) -> list:
         """Results of `part` steps from `offset` of the tile on, in place of the tile's inputs; `rows`: running sums."""
         window = pl.ds(offset, part)
-        lives = (
-            plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (part, CHANNELS), 0), rows_layout(part)) + offset < valid
-        )
+        lives = layout_cast(lax.broadcasted_iota(jnp.int32, (part, CHANNELS), 0), rows_layout(part)) + offset < valid
         results, new_rows = [], []
         for m in m_range:
             columns_of = lambda name, m=m: tl.load_rows(scr[name].at[slot, m, window], part)  # noqa: E731
@@ -344,46 +340,26 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
                     scr[target][slot, m, window] = result[name]
         return new_rows
 
-    def sum_groups() -> None:
-        """Adds up the sums of the warpgroup's groups of four channels, in place, for the exchange."""
+    def write_projections(start: Any, offset: int, slab: Any) -> None:
+        """dB and dC of the block's channels: the sums of its four warps."""
+        rows = pl.ds(start + offset, part)
         for m in m_range:
             for k in range(2):
-                pieces = [tl.load(scr["sums"].at[:, m, w, k], projection_layout(part)) for w in range(8)]
-                scr["sums"][:, m, 0, k] = tl.total(pieces)
-        plgpu.barrier_arrive(scr["block"]["summed"])
+                pieces = [tl.load(scr["sums"].at[:, m, w, k], projection_layout(part)) for w in range(4)]
+                target = out["dprojections"].at[lax.axis_index("group"), b, rows]
+                target[:, 2 * m + k, slab] = tl.total(pieces).astype(plan.dtype)
 
-    def exchange(start: Any, slab: Any) -> None:
-        """Sums dB and dC over all channels of the cluster; its warpgroups share the work."""
-        plgpu.barrier_wait(scr["block"]["summed"])
-        mine, readers = lax.axis_index("warpgroup"), cluster * tiling.warpgroups
-        if cluster > 1:
-            mine = mine + lax.axis_index("peer") * tiling.warpgroups
-        for pair in range(0, part * plan.M, readers):
-            row, m = lax.div(mine + pair, plan.M), lax.rem(mine + pair, plan.M)
-
-            @pl.when(mine + pair < part * plan.M)
-            def _(row: Any = row, m: Any = m) -> None:
-                pieces = []
-                for peer in range(cluster):
-                    sums = scr["block"]["sums"]
-                    if cluster > 1:
-                        sums = plgpu.cluster_ref(sums, {"peer": peer})
-                    pieces += [tl.load(sums.at[w, row, m, 0], PAIR) for w in range(tiling.warpgroups)]
-                target = out["dprojections"].at[lax.axis_index("group"), b, start + row]
-                target[pl.ds(2 * m, 2), slab] = tl.total(pieces)
-
-        plgpu.barrier_arrive(scr["block"]["exchanged"])
-
-    def forward_item(s: Any, k: Any, item: Any) -> None:
+    def forward_item(k: Any, item: Any) -> None:
         slot = lax.rem(item, fw.STAGES)
-        plgpu.barrier_wait(fw.arrival(scr, slot))
+        loaded = entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
+        plgpu.barrier_wait(scr["arrived"].at[slot])
         fw.prepare_steps(plan, inp, scr, columns, slot, steps)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)
         tl.sync()
 
         def walk(slab: Any, constants: tl.Constants) -> None:
-            state = rebuild(slot, slab, constants, entry(s, k, slab), steps, note=False)
+            state = rebuild(slot, slab, constants, loaded or entry(k, slab), steps, note=False)
             fw.store_state(plan, out["entries"].at[c, k + 1, :, b, slab], state, columns)
 
         per_slab(slot, walk)
@@ -393,24 +369,17 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
     def backward_item(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
         slot = lax.rem(item, fw.STAGES)
         start = first + (s * stretch + k) * steps
+        loaded = entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
         valid = steps if plan.L % steps == 0 else jnp.minimum(steps, first + length - start)
-        plgpu.barrier_wait(fw.arrival(scr, slot))
+        plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare(slot)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)
         tl.sync()
 
-        def walk(slab: Any, constants: tl.Constants, offset: int, pending: Any, adjoint: State, sums: dict) -> tuple:
-            @pl.when(pending >= 0)
-            def _() -> None:
-                exchange(pending, slab)
-
+        def walk(slab: Any, constants: tl.Constants, offset: int, adjoint: State, sums: dict) -> tuple:
             if offset == steps - part:
-                rebuild(slot, slab, constants, entry(s, k, slab), valid, note=True)
-
-            @pl.when(pending >= 0)
-            def _() -> None:
-                plgpu.barrier_wait(scr["block"]["exchanged"])
+                rebuild(slot, slab, constants, loaded or entry(k, slab), valid, note=True)
 
             def step(r: Any, carry: tuple) -> tuple:
                 row = count - 1 - r
@@ -419,26 +388,22 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
             count = part if isinstance(valid, int) else jnp.clip(valid - offset, 0, part)
             return fw.walk_steps(count, 1, step, (adjoint, sums))
 
-        pending, adjoint, sums, rows = carry
+        adjoint, sums, rows = carry
         for offset in reversed(range(0, steps, part)):
             if plan.slabs == 1:
-                # The exchange waits until the next sums are due, behind the rebuilding of the states before them.
-                adjoint, sums = walk(0, constants, offset, pending, adjoint, sums)
+                adjoint, sums = walk(0, constants, offset, adjoint, sums)
                 tl.sync()
-                sum_groups()
-                pending = jnp.asarray(start + offset, jnp.int32)
+                write_projections(start, offset, 0)
             else:
 
                 def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
                     adjoint = fw.load_state(plan, scr["carry"].at[slab])
                     stored = _Sums(plan, out, slab, columns)
-                    adjoint, sums = walk(slab, constants, offset, jnp.int32(-1), adjoint, stored.load())
+                    adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
                     fw.store_state(plan, scr["carry"].at[slab], adjoint)
                     stored.store(sums)
                     tl.sync()
-                    sum_groups()
-                    exchange(start + offset, slab)
-                    plgpu.barrier_wait(scr["block"]["exchanged"])
+                    write_projections(start, offset, slab)
 
                 per_slab(slot, one)
             rows = finish(slot, start, offset, valid, rows)
@@ -449,25 +414,26 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
                 plgpu.copy_smem_to_gmem(scr[source].at[slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         fetch_item(item + fw.STAGES)
-        return pending, adjoint, sums, rows
+        return adjoint, sums, rows
 
     def one_stretch(j: Any, carry: tuple) -> tuple:
         s = stretches - 1 - j
         count = jnp.where(j == 0, last_tiles, stretch)
         item = jnp.where(j == 0, 0, last_items + (j - 1) * full_items)
-        lax.fori_loop(0, count - 1, lambda k, _: forward_item(s, k, item + k), None)
+        lax.fori_loop(0, plan.slabs, lambda slab, _: start_stretch(s, slab), None)
+        lax.fori_loop(0, count - 1, lambda k, _: forward_item(k, item + k), None)
         return lax.fori_loop(
             0, count, lambda k, carry: backward_item(s, count - 1 - k, item + count - 1 + k, carry), carry
         )
 
-    zero_rows = plgpu.layout_cast(jnp.zeros((part, CHANNELS), F32), rows_layout(part))
+    zero_rows = layout_cast(jnp.zeros((part, CHANNELS), F32), rows_layout(part))
     rows = [(zero_rows, zero_rows) for _ in m_range]
     constants = None
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
         sums = _Sums(plan, out, 0, columns)
         adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
-        carry = (jnp.int32(-1), adjoint, sums.zero(), rows)
+        carry = (adjoint, sums.zero(), rows)
     else:
 
         def start_slab(slab: Any, _: None) -> None:
@@ -477,11 +443,9 @@ def _walk(plan: Plan, tiling: fw.Tiling, cluster: int, chunk: int, inp: Refs, ou
             sums.store(sums.zero())
 
         lax.fori_loop(0, plan.slabs, start_slab, None)
-        carry = (jnp.int32(-1), [], {}, rows)
-    pending, adjoint, totals, rows = lax.fori_loop(0, stretches, one_stretch, carry)
+        carry = ([], {}, rows)
+    adjoint, totals, rows = lax.fori_loop(0, stretches, one_stretch, carry)
     if plan.slabs == 1:
-        exchange(pending, 0)
-        plgpu.barrier_wait(scr["block"]["exchanged"])  # before this block's shared memory goes away
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
         sums.store(totals)
     else:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, SLAB, STATE, Plan
@@ -67,12 +68,14 @@ def _run(
     body = functools.partial(_summarise, plan, chunk, reverse)
     name = "coupled_scan_adjoint_summary" if reverse else "coupled_scan_summary"
     tiling = fw.choose_tiling(plan, lambda *_: scratch, ((STEPS, STEPS),))
-    result = fw.launch(plan, name, body, arrays, out, lambda *_: scratch, tiling, count)
+    # Every slab of states is a block of its own: no sum over the states is needed here.
+    result = fw.launch(plan, name, body, arrays, out, lambda *_: scratch, tiling, count * plan.slabs)
     return result["product"], result["rest"]
 
 
 def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr: Refs) -> None:
-    b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+    b = lax.axis_index("sample")
+    c, slab = lax.axis_index("chunk") // plan.slabs, lax.rem(lax.axis_index("chunk"), plan.slabs)
     columns = fw.my_columns()
     first = (c + 1 if reverse else c) * chunk
     length = jnp.minimum(chunk, plan.L - first)
@@ -117,8 +120,9 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
             for m in range(plan.M)
         ]
 
-    def scan_slab(n: Any, slab: Any, constants: tl.Constants, state: tuple[State, State]) -> tuple[State, State]:
-        slot = lax.rem(n, fw.STAGES)
+    constants = tl.Constants(plan, inp, slab, columns)
+
+    def scan_tile(n: Any, slot: Any, state: tuple[State, State]) -> tuple[State, State]:
         here = STEPS if plan.L % STEPS == 0 else jnp.minimum(STEPS, first + length - start(n))
 
         def step(r: Any, carry: tuple) -> tuple:
@@ -150,23 +154,20 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
         first_step = load_step(here - 1 if reverse else 0)
         return fw.walk_steps(here, STEPS, step, (*state, first_step))[:2]
 
-    def tile(n: Any, slab: Any, constants: tl.Constants, state: tuple[State, State]) -> tuple[State, State]:
+    def tile(n: Any, state: tuple[State, State]) -> tuple[State, State]:
         slot = lax.rem(n, fw.STAGES)
-        plgpu.barrier_wait(fw.arrival(scr, slot))
+        plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare(slot)
         tl.convert_projections(plan, inp, scr, slot, slab, STEPS)
         tl.sync()
-        state = scan_slab(n, slab, constants, state)
+        state = scan_tile(n, slot, state)
         tl.sync()
         fetch_tile(n + fw.STAGES)
         return state
 
-    one = plgpu.layout_cast(jnp.ones((LANES, CHANNELS), F32), STATE)
-    zero = plgpu.layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
+    one = layout_cast(jnp.ones((LANES, CHANNELS), F32), STATE)
+    zero = layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
     initial = ([[one] * ROWS for _ in range(plan.S)], [[zero] * ROWS for _ in range(plan.S)])
-    if plan.slabs > 1:
-        raise NotImplementedError
-    constants = tl.Constants(plan, inp, 0, columns)
-    product, rest = lax.fori_loop(0, tiles, lambda n, state: tile(n, 0, constants, state), initial)
-    fw.store_state(plan, out["product"].at[c, :, b, 0], product, columns)
-    fw.store_state(plan, out["rest"].at[c, :, b, 0], rest, columns)
+    product, rest = lax.fori_loop(0, tiles, tile, initial)
+    fw.store_state(plan, out["product"].at[c, :, b, slab], product, columns)
+    fw.store_state(plan, out["rest"].at[c, :, b, slab], rest, columns)

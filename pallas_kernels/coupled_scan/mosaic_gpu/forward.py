@@ -1,10 +1,9 @@
 """The forward kernel, and the summary of chunks that lets them run at once.
 
-A warpgroup walks one chunk of one sample's time for 32 channels, tile by tile. Between two barriers of a tile lies the
+A block walks one chunk of one sample's time for 64 channels, tile by tile. Between two barriers of a tile lies the
 scan of all its steps; the other interval gates and stores the tile's output and prepares the next tile's steps.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._compat import interpreted
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     CHANNELS,
@@ -25,35 +25,26 @@ from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     SHARED_MEMORY,
     SLAB,
     STATE,
-    WARPGROUPS,
     Plan,
 )
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STAGES = 2
-PAD = 8
+PAD = 16
 """Floats between the rows of partial sums, so that all LANES write to shared memory without bank conflicts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Warpgroups of a block, steps of a time tile, and steps whose partial sums are kept at once."""
-
-    warpgroups: int
-    steps: int
-    part: int
 
 
 def choose_tiling(
     plan: Plan, scratch: Callable[[Plan, int, int], dict[str, Any]], choices: Sequence[tuple[int, int]]
-) -> Tiling:
-    """The largest block, and then the first of the (steps, part), that fits into shared memory."""
-    for warpgroups in range(plan.warpgroups, 0, -1):
-        if WARPGROUPS % warpgroups:
-            continue
+) -> tuple[int, int]:
+    """Steps of a tile, and steps whose partial sums are kept at once: the first choice that fits.
+
+    Two blocks should fit into a multiprocessor's shared memory, so that one computes while the other waits.
+    """
+    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY - 1024):
         for steps, part in choices:
-            if warpgroups * sum(map(_bytes, scratch(plan, steps, part).values())) <= SHARED_MEMORY:
-                return Tiling(warpgroups, steps, part)
+            if sum(map(_bytes, scratch(plan, steps, part).values())) <= budget:
+                return steps, part
     raise ValueError(f"no tile fits into shared memory: {plan}")
 
 
@@ -61,11 +52,12 @@ def _bytes(ref: Any) -> int:
     return math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
 
 
-def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
+def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
+    """What the kernel keeps in shared memory."""
     del part
     m, smem = plan.M, jax.ShapeDtypeStruct
     large = (STAGES, m, steps, CHANNELS)
-    scratch = {
+    result = {
         "x": smem(large, plan.dtype),
         "dt": smem(large, plan.dtype),
         "B": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
@@ -77,12 +69,12 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "out": smem((m, steps, CHANNELS), plan.dtype),
     }
     if plan.gate:
-        scratch["z"] = smem(large, plan.dtype)
+        result["z"] = smem(large, plan.dtype)
     if plan.flagged:
-        scratch["flags"] = smem((STAGES, steps, plan.flags), F32)
+        result["flags"] = smem((STAGES, steps, plan.flags), F32)
     if plan.slabs > 1:
-        scratch["carry"] = smem((plan.slabs, plan.S, ROWS, LANES, CHANNELS), F32)
-    return scratch
+        result["carry"] = smem((plan.slabs, plan.S, ROWS, LANES, CHANNELS), F32)
+    return result
 
 
 def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) -> dict[str, jax.Array]:
@@ -104,9 +96,9 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
     }
     if save:
         out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
-    tiling = choose_tiling(plan, _scratch, ((8, 8), (4, 4)))
-    body = functools.partial(_walk, plan, tiling.steps, chunk, save)
-    return launch(plan, "coupled_scan_forward", body, arrays, out, _scratch, tiling, -(-plan.L // chunk))
+    tiling = choose_tiling(plan, scratch, ((16, 16), (8, 8), (4, 4)))
+    body = functools.partial(_walk, plan, tiling[0], chunk, save)
+    return launch(plan, "coupled_scan_forward", body, arrays, out, scratch, tiling, -(-plan.L // chunk))
 
 
 def launch(
@@ -115,14 +107,11 @@ def launch(
     body: Callable[[Refs, Refs, Refs], None],
     arrays: dict[str, jax.Array],
     out: dict[str, Any],
-    scratch: Callable[[Plan, int, int], dict[str, Any]],
-    tiling: Tiling,
+    shared_memory: Callable[[Plan, int, int], dict[str, Any]],
+    tiling: tuple[int, int],
     chunks: int,
-    *,
-    cluster: int = 1,
-    shared: dict[str, Any] | None = None,
 ) -> dict[str, jax.Array]:
-    """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every 32 channels, sample and chunk.
+    """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every 64 channels, sample and chunk.
 
     Args:
         plan: the plan.
@@ -130,36 +119,28 @@ def launch(
         body: what a warpgroup does.
         arrays: inputs.
         out: shapes and dtypes of the outputs.
-        scratch: shapes and dtypes of a warpgroup's shared memory.
-        tiling: of the kernel.
+        shared_memory: shapes and dtypes of what lies there.
+        tiling: arguments of `shared_memory`.
         chunks: of time.
-        cluster: blocks side by side, over channels, that can read each other's shared memory.
-        shared: scratch of the whole block.
 
     Returns:
         The outputs by name.
     """
-    names, own = [*arrays, *out], scratch(plan, tiling.steps, tiling.part)
-    copies = sum(key in own for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
-    groups = -(-plan.D // (tiling.warpgroups * CHANNELS))
+    names, shared = [*arrays, *out], shared_memory(plan, *tiling)
+    copies = sum(key in shared for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
-        warpgroup = lax.axis_index("warpgroup")
-        mine = {key: ref.at[warpgroup] if key in own else ref for key, ref in scratch_refs.items()}
-        body({k: refs[k] for k in arrays}, {k: refs[k] for k in out}, mine | {"block": scratch_refs})
+        with interpreted(bool(plan.interpret)):
+            body({k: refs[k] for k in arrays}, {k: refs[k] for k in out}, scratch_refs)
 
     call = plgpu.kernel(
         kernel,
         out_type=tuple(out.values()),
-        scratch_types={k: plgpu.SMEM((tiling.warpgroups, *v.shape), v.dtype) for k, v in own.items()}
-        | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES * tiling.warpgroups)}
-        | (shared or {}),
-        grid=(groups // cluster, plan.B, chunks),
+        scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
+        | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)},
+        grid=(plan.groups, plan.B, chunks),
         grid_names=("group", "sample", "chunk"),
-        **({"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}),
-        num_threads=tiling.warpgroups,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
@@ -171,23 +152,15 @@ def launch(
     return dict(zip(out, call(*arrays.values()), strict=True))
 
 
-def my_columns(cluster: int = 1) -> Any:
-    """The channels of this warpgroup."""
-    block = lax.axis_index("group")
-    if cluster > 1:
-        block = block * cluster + lax.axis_index("peer")
-    return pl.ds((block * lax.axis_size("warpgroup") + lax.axis_index("warpgroup")) * CHANNELS, CHANNELS)
-
-
-def arrival(scr: Refs, slot: Any) -> Any:
-    """The barrier that counts the copies into a slot of this warpgroup."""
-    return scr["arrived"].at[lax.axis_index("warpgroup") * STAGES + slot]
+def my_columns() -> Any:
+    """The channels of this block."""
+    return pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
 
 
 def fetch(plan: Plan, inp: Refs, scr: Refs, columns: Any, start: Any, slot: Any, steps: int) -> None:
     """Starts the copies of a tile to shared memory; what lies beyond the arrays arrives as zeros."""
     b = lax.axis_index("sample")
-    arrived, rows = arrival(scr, slot), pl.ds(start, steps)
+    arrived, rows = scr["arrived"].at[slot], pl.ds(start, steps)
     for key in ("x", "dt", "z", "dy"):
         if key in scr:
             plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows, columns], scr[key].at[slot], arrived)
@@ -336,7 +309,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
 
     def prepare(n: Any) -> None:
         slot = lax.rem(n, STAGES)
-        plgpu.barrier_wait(arrival(scr, slot))
+        plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare_steps(plan, inp, scr, columns, slot, steps)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)

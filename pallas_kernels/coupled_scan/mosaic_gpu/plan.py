@@ -5,6 +5,7 @@ Axes: M modality, B batch, L time, D channel, N state; S chains (1 for `shared`:
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -13,14 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.types import Full, Problem, Readout, Shared
 
-CHANNELS = 32
-"""Channels of a warpgroup: 8 channels a warp."""
-LANES, ROWS = 4, 4
+CHANNELS = 64
+"""Channels of a block, which is one warpgroup: 16 channels a warp."""
+LANES, ROWS = 2, 8
 """A thread has ROWS states of one channel; LANES threads of a warp share the channel."""
 SLAB = LANES * ROWS
 """States that a block carries at once; more states are walked slab by slab."""
-WARPGROUPS = 4
-"""Most warpgroups of a block. Four also make the compiler stay within 128 registers a thread."""
 LOG2E = math.log2(math.e)
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory a block may have (Hopper)."""
@@ -33,15 +32,15 @@ def _tiled(*args: Any) -> Any:
     return plgpu.Layout.TILED(plgpu.Tiling(args[0]), *args[1:])
 
 
-STATE = _tiled(((LANES, CHANNELS), (8,), (1,)), (-3,), (-4, -2), -1)
-"""[LANES, CHANNELS]: warps and 8 lanes over channels, 4 lanes over states. A state is a list of ROWS of these."""
+STATE = _tiled(((LANES, CHANNELS), (16,), (1,)), (-3,), (-4, -2), -1)
+"""[LANES, CHANNELS]: warps and 16 lanes over channels, 2 lanes over states. A state is a list of ROWS of these."""
 
 
 def rows_layout(steps: int) -> Any:
     """[steps, CHANNELS], every element in one thread: for what is done once for each channel and step."""
     if steps % 8 == 0:
-        return _tiled(((8, 32), (2, 32), (2,)), (-5,), (-3, -2), -1)
-    return _tiled(((4, 32), (1,)), (-3,), (-2,), -1)
+        return _tiled(((8, 64), (2, 64), (4,)), (-5,), (-3, -2), -1)
+    return _tiled(((4, 64), (2,)), (-3,), (-2,), -1)
 
 
 def projection_layout(steps: int) -> Any:
@@ -57,7 +56,7 @@ class Plan:
 
     Attributes:
         M, B, L, D, N: sizes of the problem's axes.
-        dtype: of x, dt, z, B and C.
+        dtype: what x, dt, z, B and C are read as: bfloat16 where all of them are, else float32.
         coupling: which of the couplings.
         readout: see `coupled_scan`.
         dt_softplus: see `coupled_scan`.
@@ -87,7 +86,7 @@ class Plan:
         return cls(
             **dict(zip("MBLD", p.x.shape, strict=True)),
             N=p.A.shape[-1],
-            dtype=jnp.dtype(p.x.dtype),
+            dtype=_dtype(v.dtype for v in (p.x, p.dt, p.z, p.B, p.C) if v is not None),
             coupling={Shared: "shared", Full: "full"}.get(type(p.coupling), "independent"),
             readout=p.readout,
             dt_softplus=p.dt_softplus,
@@ -109,15 +108,14 @@ class Plan:
         return -(-self.N // SLAB)
 
     @property
-    def warpgroups(self) -> int:
-        """Warpgroups that D can employ."""
-        return min(WARPGROUPS, -(-self.D // CHANNELS))
+    def groups(self) -> int:
+        """Blocks of channels."""
+        return -(-self.D // CHANNELS)
 
     @property
     def padded(self) -> int:
-        """Channels of the small arrays: whole warpgroups of whole blocks, of however many warpgroups."""
-        block = WARPGROUPS * CHANNELS
-        return -(-self.D // block) * block
+        """Channels of the small arrays: whole blocks."""
+        return self.groups * CHANNELS
 
     @property
     def flagged(self) -> bool:
@@ -126,25 +124,29 @@ class Plan:
 
     @property
     def flags(self) -> int:
-        """Flags a step: M present, one idle, one kept; filled up to whole 16 bytes."""
-        return -(-(self.M + 2) // 4) * 4
+        """Flags a step: M present, one idle, one kept; filled up, since copies move multiples of 128 bytes."""
+        return -(-(self.M + 2) // 8) * 8
 
     @property
     def chunks(self) -> int:
         """Parts of the sequence that run at once; each but the last is summarised first.
 
-        A block of 128 channels fills a multiprocessor. A chunk more costs a second pass over the decays (about 0.7 of
-        the forward pass), so time is only cut where more than half of the multiprocessors would idle. Full would need
-        products of M x M matrices and is never cut.
+        Two blocks fill a multiprocessor. A chunk more costs a second pass over the decays (about 0.7 of the forward
+        pass), so time is only cut where more than half of the multiprocessors would idle. Full would need products of
+        M x M matrices and is never cut.
         """
-        blocks = self.B * (self.padded // (WARPGROUPS * CHANNELS))
-        if self.coupling == "full":
+        blocks = self.B * self.groups
+        if self.coupling == "full" or blocks > MULTIPROCESSORS:
             return 1
-        return max(1, min(MULTIPROCESSORS // blocks, self.L // 256))
+        return max(1, min(2 * MULTIPROCESSORS // blocks, self.L // 256))
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""
         return -(-self.L // (self.chunks * multiple)) * multiple
+
+
+def _dtype(dtypes: Iterable[Any]) -> Any:
+    return jnp.dtype(jnp.bfloat16 if all(dtype == jnp.bfloat16 for dtype in dtypes) else jnp.float32)
 
 
 def pad_axis(values: jax.Array, axis: int, size: int) -> jax.Array:

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import load
+from pallas_kernels._compat import layout_cast, load
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     CHANNELS,
     F32,
@@ -31,12 +32,12 @@ State = list[list[Array]]
 
 def spread_channels(values: Array) -> Array:
     """[CHANNELS] -> [LANES, CHANNELS]."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (1,)), STATE)
+    return layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (1,)), STATE)
 
 
 def spread_states(values: Array) -> Array:
     """[LANES] -> [LANES, CHANNELS]."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (0,)), STATE)
+    return layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (0,)), STATE)
 
 
 def load_channels(ref: Any) -> Array:
@@ -57,13 +58,13 @@ def load_rows(ref: Any, steps: int) -> Array:
 def over_steps(ref: Any, steps: int) -> Array:
     """A reference [CHANNELS] -> [steps, CHANNELS], the same at every step."""
     layout = rows_layout(steps)
-    return plgpu.layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(0)), (steps, CHANNELS), (0 + 1,)), layout)
+    return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(0)), (steps, CHANNELS), (0 + 1,)), layout)
 
 
 def over_channels(ref: Any, steps: int) -> Array:
     """A reference [steps] -> [steps, CHANNELS], the same in every channel."""
     layout = rows_layout(steps)
-    return plgpu.layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(1)), (steps, CHANNELS), (0,)), layout)
+    return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(1)), (steps, CHANNELS), (0,)), layout)
 
 
 def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int) -> None:
@@ -77,7 +78,7 @@ def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, 
             if plan.masked:
                 present = load(scr["flags"].at[slot, :, m], layout.reduce(1))
                 present = lax.broadcast_in_dim(present, values.shape, (0,))
-                values = jnp.where(plgpu.layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
+                values = jnp.where(layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
             scr["projections"][:, row] = values
 
 
@@ -227,81 +228,145 @@ def sync() -> None:
     plgpu.commit_smem()
 
 
-def sum_channels(products: list[Array], ref: Any, interpret: Any, exact: bool) -> None:
-    """Sums 2 * ROWS arrays [LANES, CHANNELS] over every four channels, into a reference [8, 2, SLAB].
+def save_thread(ref: Any, state: list[Array], interpret: Any) -> None:
+    """Stores ROWS arrays [LANES, CHANNELS] so that each thread finds its own values again, [ROWS / 4, threads, 4]."""
+    if interpret:
+        ref[...] = jnp.stack(state).reshape(ROWS // 4, 4, -1).transpose(0, 2, 1)
+        return
 
-    The tensor cores do it: a product of a matrix with ones adds four lanes, for four arrays in one instruction; by
-    shuffles it would take 6 instructions for each array.
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * ROWS))
+    def store(ctx: Any, target: Any, *arrays: Any) -> None:
+        del ctx
+        for k in range(0, ROWS, 4):
+            _store_vector(target, [_constant(k // 4), _thread(), _constant(0)], [_value(a) for a in arrays[k : k + 4]])
+
+    store(ref, *state)
+
+
+def load_thread(ref: Any, interpret: Any) -> list[Array]:
+    """The inverse of `save_thread`."""
+    if interpret:
+        values = ref[...].transpose(0, 2, 1).reshape(ROWS, LANES, CHANNELS)
+        return [values[i] for i in range(ROWS)]
+    like = plgpu.ShapeDtypeStruct((LANES, CHANNELS), F32, layout=STATE)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[like] * ROWS)
+    def read(ctx: Any, source: Any) -> list[Any]:
+        del ctx
+        ir, _, _, vector = _dialects()
+        f32, one = ir.F32Type.get(), ir.VectorType.get((1,), ir.F32Type.get())
+        layout, arrays = STATE.to_mgpu(), []
+        for k in range(ROWS // 4):
+            row = vector.load(
+                ir.VectorType.get((4,), f32), source, [_index(v) for v in (_constant(k), _thread(), _constant(0))]
+            )
+            for j in range(4):
+                registers = np.empty(layout.registers_shape((LANES, CHANNELS)), dtype=object)
+                registers[...] = vector.broadcast(one, _element(row, j))
+                arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
+        return arrays
+
+    return list(read(ref))
+
+
+def sum_channels(products: list[Array], ref: Any, interpret: Any, exact: bool) -> None:
+    """Sums 2 * ROWS arrays [LANES, CHANNELS] over the channels of each warp, into a reference [4, 2, SLAB].
+
+    The tensor cores do most of it: a product of a matrix with ones adds four lanes, for four arrays in one
+    instruction; by shuffles alone it would take 7.5 instructions for each array.
 
     Args:
         products: the arrays.
-        ref: where the sums go; axis 0 counts the groups of four channels.
+        ref: where the sums go; axis 0 counts the warps.
         interpret: whether the kernel is interpreted.
         exact: adds what the tensor cores cut off (13 of 24 bits) in a second pass.
     """
     if interpret:
-        stacked = jnp.stack(products).reshape(2, ROWS, LANES, 8, CHANNELS // 8)
-        ref[...] = jnp.transpose(jnp.sum(stacked, axis=4), (3, 0, 2, 1)).reshape(8, 2, -1)
+        stacked = jnp.stack(products).reshape(2, ROWS, LANES, 4, CHANNELS // 4)
+        ref[...] = jnp.transpose(jnp.sum(stacked, axis=4), (3, 0, 2, 1)).reshape(4, 2, -1)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * len(products)))
     def sums(ctx: Any, target: Any, *arrays: Any) -> None:
         del ctx
-        _sum_over_lanes(target, [a.registers.item() for a in arrays], exact)
+        _sum_over_lanes(target, [_value(a) for a in arrays], exact)
 
-    sums(ref.reshape(8, 2, LANES, ROWS), *products)
+    sums(ref.reshape(4, 2, LANES, ROWS), *products)
 
 
-def _sum_over_lanes(target: Any, registers: list[Any], exact: bool) -> None:
+def _dialects() -> Any:
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, llvm, scf, vector
+    from jax._src.lib.mlir.dialects import arith, llvm, vector
 
-    i32, f32, index = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.IndexType.get()
+    return ir, arith, llvm, vector
 
-    def const(value: int) -> Any:
-        return arith.constant(i32, value)
 
-    def equal(left: Any, right: int) -> Any:
-        return arith.cmpi(arith.CmpIPredicate.eq, left, const(right))
+def _constant(value: int) -> Any:
+    ir, arith, _, _ = _dialects()
+    return arith.constant(ir.IntegerType.get_signless(32), value)
 
-    thread = mgpu.utils.thread_idx()
-    lane = arith.andi(thread, const(31))
-    warp = arith.andi(arith.shrui(thread, const(5)), const(3))
-    four, within = arith.shrui(lane, const(2)), arith.andi(lane, const(3))
-    zero, one = const(0), const(0x3F800000)
+
+def _index(value: Any) -> Any:
+    ir, arith, _, _ = _dialects()
+    return arith.index_cast(ir.IndexType.get(), value)
+
+
+def _thread() -> Any:
+    _, arith, _, _ = _dialects()
+    return arith.andi(mgpu.utils.thread_idx(), _constant(127))
+
+
+def _element(values: Any, k: int) -> Any:
+    ir, _, _, vector = _dialects()
+    return vector.extract(values, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([k]))
+
+
+def _value(array: Any) -> Any:
+    """The one element that this thread has of an array [LANES, CHANNELS]."""
+    return _element(array.registers.item(), 0)
+
+
+def _store_vector(target: Any, position: list[Any], values: list[Any]) -> None:
+    ir, _, _, vector = _dialects()
+    row = vector.from_elements(ir.VectorType.get((len(values),), ir.F32Type.get()), values)
+    vector.store(row, target, [_index(p) for p in position])
+
+
+def _sum_over_lanes(target: Any, products: list[Any], exact: bool) -> None:
+    ir, arith, llvm, _ = _dialects()
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    lane, warp = arith.andi(_thread(), _constant(31)), arith.shrui(_thread(), _constant(5))
+    four, within = arith.shrui(lane, _constant(2)), arith.andi(lane, _constant(3))
     acc = [arith.constant(f32, 0.0)] * 4
     result_type = llvm.StructType.get_literal([f32] * 4)
     code = (
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
-    for half in range(2):
-        values = [
-            vector.extract(r, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
-            for r in registers[half * ROWS : (half + 1) * ROWS]
+    for quarter in range(4):
+        values = products[4 * quarter : 4 * quarter + 4]
+        # Lane l holds row l // 4, column l % 4 (and + 8, + 4) of A. B sends the sum of columns 0 to 3 to column
+        # 2 quarter of the result and that of 4 to 7 to the next; lane l receives columns 2 (l % 4) and the next.
+        ones = [
+            arith.select(
+                arith.cmpi(arith.CmpIPredicate.eq, four, _constant(2 * quarter + k)),
+                _constant(0x3F800000),
+                _constant(0),
+            )
+            for k in range(2)
         ]
-        # Lane l holds row l // 4, column l % 4 (and + 8, + 4) of A. B sends the sum of columns 0 to 3 to column 2 half
-        # of the result and that of 4 to 7 to the next; lane l receives columns 2 (l % 4) and the next.
-        ones = [arith.select(equal(four, 2 * half + k), one, zero) for k in range(2)]
         parts = [values]
         if exact:
-            high = [arith.bitcast(f32, arith.andi(arith.bitcast(i32, v), const(-8192))) for v in values]
+            high = [arith.bitcast(f32, arith.andi(arith.bitcast(i32, v), _constant(-8192))) for v in values]
             parts = [high, [arith.subf(v, h) for v, h in zip(values, high, strict=True)]]
         for part in parts:
             a = [arith.bitcast(i32, part[k]) for k in (0, 2, 1, 3)]
-            out = llvm.inline_asm(
-                result_type,
-                [*a, *ones, *acc],
-                code,
-                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                has_side_effects=False,
-            )
+            constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+            out = llvm.inline_asm(result_type, [*a, *ones, *acc], code, constraints, has_side_effects=False)
             acc = [llvm.extractvalue(f32, out, [k]) for k in range(4)]
-    # Lane l has the sums over the lanes of l // 4, which is 2 * (lane of the state) + (half of the warp's channels).
-    group = arith.addi(arith.shli(warp, const(1)), arith.andi(four, const(1)))
-    position = [group, within, arith.shrui(four, const(1)), zero]
-    writes = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, within, const(2)))
-    with ir.InsertionPoint(writes.then_block):
-        row = vector.from_elements(ir.VectorType.get((ROWS,), f32), acc)
-        vector.store(row, target, [arith.index_cast(index, p) for p in position])
-        scf.yield_([])
+    # Lane l has arrays 4 (l % 4) to 4 (l % 4) + 3, summed over the lanes of l // 4: add the other groups of its warp.
+    for distance in (4, 8):
+        acc = [arith.addf(v, mgpu.utils.shfl_bfly(v, distance)) for v in acc]
+    shared = arith.shrui(lane, _constant(4))
+    first_row = arith.muli(arith.andi(within, _constant(1)), _constant(4))
+    _store_vector(target, [warp, arith.shrui(within, _constant(1)), shared, first_row], acc)

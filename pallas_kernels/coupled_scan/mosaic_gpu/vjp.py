@@ -1,10 +1,12 @@
 """From a problem to the kernels' arrays and back, and the derivative rule."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.coupled_scan.mosaic_gpu import backward, chunks, forward
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LANES, LOG2E, ROWS, SLAB, Plan, pad_axis
@@ -27,7 +29,8 @@ def _forward(interpret: Any, p: Problem, *, save: bool) -> tuple[ScanOutput, dic
     arrays["state"] = chunks.entering(plan, arrays, chunk)
     out = forward.run(plan, arrays, chunk, backward.SAVE if save else None)
     final = unpack_state(p, out["final"])
-    return ScanOutput(y=out["y"][..., : p.x.shape[-1]], final_state=final), {k: out[k] for k in out if k == "saved"}
+    y = out["y"][..., : p.x.shape[-1]].astype(p.x.dtype)
+    return ScanOutput(y=y, final_state=final), {k: out[k] for k in out if k == "saved"}
 
 
 def _forward_rule(interpret: Any, p: Problem) -> tuple[ScanOutput, tuple[Problem, dict[str, Array]]]:
@@ -60,8 +63,7 @@ def prepare(interpret: Any, p: Problem) -> tuple[Plan, dict[str, Array]]:
         (log2 g) or weights [M, M].
     """
     d = -(-p.x.shape[-1] // ALIGNED) * ALIGNED
-    plan = Plan.of(p, interpret)
-    plan = Plan(**{**plan.__dict__, "D": d})
+    plan = dataclasses.replace(Plan.of(p, interpret), D=d)
     padded, states = plan.padded, plan.slabs * SLAB
 
     def large(values: Array) -> Array:
@@ -136,7 +138,7 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
     def like(value: Array | None, gradient: Array) -> Array | None:
         return None if value is None else gradient.astype(value.dtype)
 
-    projections = jnp.sum(out["dprojections"], axis=0)[:, : plan.L]
+    projections = jnp.sum(out["dprojections"].astype(F32), axis=0)[:, : plan.L]
     projections = projections.reshape(plan.B, plan.L, plan.M, 2, -1)[..., :n]
     projections = jnp.moveaxis(projections, (2, 3), (0, 1))
     rows = jnp.sum(out["drows"], axis=(0, 1, 4))[..., :d]
@@ -165,6 +167,4 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
 
 
 def _no_gradient(values: Array) -> Any:
-    import numpy as np
-
     return np.zeros(values.shape, jax.dtypes.float0)

@@ -1,0 +1,117 @@
+"""The GPU kernels, interpreted on a CPU, against the float64 oracle.
+
+What the GPU compiler makes of them: test_mosaic_gpu_aot.py; on a GPU: test_mosaic_gpu_device.py. XLA:CPU takes many
+seconds to compile an interpreted kernel, so the cases are few.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import pytest
+import test_coupled_scan as suite
+
+from cmamba_jax.bench.tpu_compile import abstract_inputs
+from pallas_kernels import UnsupportedError, choose_implementation, coupled_scan
+from pallas_kernels._compat import interpret_params
+from pallas_kernels.coupled_scan import api, mosaic_gpu
+from pallas_kernels.coupled_scan.cases import Case, make_inputs
+from pallas_kernels.coupled_scan.mosaic_gpu import backward
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
+from pallas_kernels.coupled_scan.types import Problem
+
+EVERYTHING = suite.EVERYTHING
+
+
+def run(**arguments):
+    """`coupled_scan` by the interpreted kernels."""
+    entry = dataclasses.replace(
+        api.implementations()["mosaic_gpu"],
+        run=functools.partial(mosaic_gpu.scan, interpret=interpret_params()),
+        unsupported=lambda problem, platform: mosaic_gpu.limits(problem),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_IMPLEMENTATIONS", (entry,))
+        return coupled_scan(**arguments, implementation="mosaic_gpu")
+
+
+def scan_and_vjp(inputs, *bars, **options):
+    return suite._scan_and_vjp(run, suite._static(options), *suite._split(inputs), *bars)
+
+
+# Sizes that fill blocks and tiles, in every version of JAX.
+WHOLE = [
+    Case(M=2, B=1, L=16, D=64, N=16, **EVERYTHING),
+    # Several slabs of states.
+    Case(M=2, B=1, L=16, D=64, N=20, coupling="full", readout="shared", **EVERYTHING),
+]
+RAGGED = [
+    Case(M=1, B=2, L=8, D=5, N=4, dtype="bfloat16", coupling="independent", dt_softplus=False, reverse=True),
+    Case(M=2, B=1, L=19, D=70, N=16, **EVERYTHING),
+]
+needs_ragged_copies = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the interpreter of JAX 0.10 drops copies that reach beyond an array"
+)
+
+
+@pytest.mark.parametrize("case", [*WHOLE, *(pytest.param(c, marks=needs_ragged_copies) for c in RAGGED)], ids=str)
+def test_forward_and_every_gradient(case):
+    suite.test_forward_and_every_gradient(scan_and_vjp, case)
+
+
+@needs_ragged_copies
+@pytest.mark.parametrize("coupling", ["shared", "independent"])
+def test_time_in_chunks_and_stretches(coupling, monkeypatch):
+    monkeypatch.setattr(backward, "SAVE", 16)
+    monkeypatch.setattr(Plan, "chunks", property(lambda plan: 2))
+    case = Case(M=2, B=1, L=53, D=3, N=4, coupling=coupling, **EVERYTHING)
+    assert Plan.of(Problem(**make_inputs(case))).chunk_steps(16) == 32
+    jax.clear_caches()
+    suite.test_forward_and_every_gradient(scan_and_vjp, case)
+    jax.clear_caches()
+
+
+@needs_ragged_copies
+def test_uncoupled_modalities_that_do_not_fit_together_are_scanned_one_by_one(monkeypatch):
+    case = Case(M=2, B=1, L=3, D=2, N=4, coupling="independent", **EVERYTHING)
+    fits = mosaic_gpu._does_not_fit
+    monkeypatch.setattr(mosaic_gpu, "_does_not_fit", lambda p: "too large" if p.x.shape[0] > 1 else fits(p))
+    suite.test_forward_and_every_gradient(scan_and_vjp, case)
+
+
+def test_time_is_cut_only_where_multiprocessors_would_idle():
+    def chunks(**sizes):
+        return Plan.of(Problem(**abstract_inputs(Case(**({"M": 3, "D": 1024, "N": 16} | sizes))))).chunks
+
+    assert chunks(B=16, L=2048) == 1
+    assert chunks(B=1, L=65_536) == 16
+    assert chunks(B=1, L=1000) == 3
+    assert chunks(B=1, L=65_536, coupling="full") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"M": 9}, "up to 8 modalities and 128 states, got M=9"),
+        ({"N": 136}, "up to 8 modalities and 128 states, got M=2, N=136"),
+        ({"M": 8, "N": 64, "coupling": "full"}, "tiles of 8 modalities and 64 states in float32 do not fit"),
+    ],
+)
+def test_says_what_it_cannot_do(changes, reason):
+    problem = Problem(**abstract_inputs(Case(**{"M": 2, "B": 1, "L": 1, "D": 2, "N": 4} | changes)))
+    assert re.search(reason, mosaic_gpu.limits(problem))
+
+
+def test_forced_without_a_gpu_it_says_so():
+    with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU, the default device is a cpu"):
+        coupled_scan(**make_inputs(Case(M=2, B=1, L=1, D=2, N=4)), implementation="mosaic_gpu")
+
+
+def test_chosen_on_a_gpu_where_it_can_be(monkeypatch):
+    problem = Problem(**make_inputs(Case(M=2, B=1, L=1, D=2, N=4)))
+    monkeypatch.setattr(mosaic_gpu, "_wrong_gpu", lambda: None)
+    assert choose_implementation(problem, "gpu").name == "mosaic_gpu"
+    monkeypatch.setattr(mosaic_gpu, "_wrong_gpu", lambda: "it needs a Hopper GPU")
+    choice = choose_implementation(problem, "gpu")
+    assert choice.name == "xla" and "Hopper" in choice.reason

@@ -1,0 +1,61 @@
+"""The GPU kernels on a GPU: JAX_PLATFORMS=cuda pytest tests/pallas_kernels/test_mosaic_gpu_device.py
+
+Shapes and properties are drawn afresh in every run; CMAMBA_TEST_SEED repeats one.
+"""
+
+import functools
+import os
+import random
+
+import jax
+import pytest
+import test_coupled_scan as suite
+
+from pallas_kernels import coupled_scan
+from pallas_kernels.coupled_scan import mosaic_gpu
+from pallas_kernels.coupled_scan.cases import Case, make_inputs
+from pallas_kernels.coupled_scan.types import Problem
+
+if jax.default_backend() != "gpu" or mosaic_gpu._wrong_gpu():
+    pytest.skip("needs a Hopper GPU or newer and JAX_PLATFORMS=cuda", allow_module_level=True)
+
+SEED = int(os.environ.get("CMAMBA_TEST_SEED", random.SystemRandom().randrange(2**31)))
+SWITCHES = ("dt_softplus", "reverse", "skip", "gate", "dt_bias", "mask", "reset", "initial_state")
+
+
+def draw(index):
+    rng = random.Random(SEED + index)
+    while True:
+        case = Case(
+            M=rng.choice((1, 2, 3, 3, 5, 8)),
+            B=rng.randint(1, 4),
+            L=rng.choice((1, rng.randint(2, 60), rng.randint(61, 700), rng.randint(701, 2000))),
+            D=rng.choice((rng.randint(1, 40), rng.randint(41, 200), 8 * rng.randint(8, 40))),
+            N=rng.choice((4, 8, 16, 16, 32, 64, 128)),
+            dtype=("float32", "bfloat16")[index % 2],
+            coupling=("shared", "independent", "full")[index % 3],
+            readout=rng.choice(("per_modality", "per_modality", "shared")),
+            **{name: rng.random() < 0.6 for name in SWITCHES},
+        )
+        small = case.M * case.B * case.L * case.D * case.N < 3e7
+        if small and mosaic_gpu.limits(Problem(**make_inputs(Case(**(vars(case) | {"L": 1}))))) is None:
+            return case
+
+
+def scan_and_vjp(inputs, *bars, **options):
+    run = functools.partial(coupled_scan, implementation="mosaic_gpu")
+    return suite._scan_and_vjp(run, suite._static(options), *suite._split(inputs), *bars)
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_random_cases(index):
+    case = draw(index)
+    print(f"CMAMBA_TEST_SEED={SEED}", case)
+    suite.test_forward_and_every_gradient(scan_and_vjp, case)
+
+
+def test_same_bits_twice():
+    case = Case(M=3, B=2, L=300, D=128, N=16, dtype="bfloat16", **suite.EVERYTHING)
+    inputs, bars = make_inputs(case), suite._cotangents(case)
+    first, second = (jax.tree.leaves(scan_and_vjp(inputs, *bars)) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
