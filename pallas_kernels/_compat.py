@@ -25,7 +25,8 @@ def interpreted(value: bool) -> Iterator[None]:
 
 @functools.cache
 def _load_takes_index() -> bool:
-    return inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    return index is not None and index.default is inspect.Parameter.empty
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
@@ -34,6 +35,14 @@ def load(ref: Any, layout: Any) -> jax.Array:
         return ref[...]
     index = (...,) if _load_takes_index() else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def store(ref: Any, values: jax.Array) -> None:
+    """Writes a whole reference. From JAX 0.12 on, an assignment also insists on a way without bank conflicts."""
+    if hasattr(plgpu, "store") and not _interpreted.get():
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
 
 
 def layout_cast(values: jax.Array, layout: Any) -> jax.Array:

@@ -145,10 +145,10 @@ class _Sums:
         for name in self.names:
             for j, rows in enumerate(sums[name]):
                 for i, value in enumerate(rows):
-                    self.refs[name][j, i, :, self.columns] = value
+                    tl.store(self.refs[name].at[j, i, :, self.columns], value)
         for j, rows in enumerate(sums.get("dweights", [])):
             for k, value in enumerate(rows):
-                self.weights[j, k, :, self.columns] = value
+                tl.store(self.weights.at[j, k, :, self.columns], value)
 
 
 def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
@@ -196,7 +196,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 ybar = ybar * (z * tl.sigmoid(plan, z))
             results.append(ybar)
         for m, ybar in enumerate(results):
-            scr["ybar"][:, m, :] = ybar
+            tl.store(scr["ybar"].at[:, m, :], ybar)
 
     def per_slab(slot: Any, function: Any) -> None:
         """Runs `function(slab, constants)` with B and C of the slab at hand."""
@@ -337,7 +337,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         for m, result in enumerate(results):
             for name, target in (("dx", "x"), ("ddt", "dt"), ("dz", "z")):
                 if name in result:
-                    scr[target][slot, m, window] = result[name]
+                    tl.store(scr[target].at[slot, m, window], result[name])
         return new_rows
 
     def write_projections(start: Any, offset: int, slab: Any) -> None:
@@ -347,7 +347,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
             for k in range(2):
                 pieces = [tl.load(scr["sums"].at[:, m, w, k], projection_layout(part)) for w in range(4)]
                 target = out["dprojections"].at[lax.axis_index("group"), b, rows]
-                target[:, 2 * m + k, slab] = tl.total(pieces).astype(plan.dtype)
+                tl.store(target.at[:, 2 * m + k, slab], tl.total(pieces).astype(plan.dtype))
 
     def forward_item(k: Any, item: Any) -> None:
         slot = lax.rem(item, fw.STAGES)
@@ -457,5 +457,5 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         lax.fori_loop(0, plan.slabs, end_slab, None)
     for m in m_range:
         for k in range(2):
-            out["drows"][c, b, k, m, :, columns] = rows[m][k]
+            tl.store(out["drows"].at[c, b, k, m, :, columns], rows[m][k])
     plgpu.wait_smem_to_gmem(0)

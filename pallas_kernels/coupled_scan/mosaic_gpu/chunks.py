@@ -106,8 +106,8 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
                 ybar = ybar * (z * tl.sigmoid(plan, z))
             results.append((tl.step_size(plan, tl.load_rows(scr["dt"].at[slot, m], STEPS), bias, here), ybar))
         for m, (dt, ybar) in enumerate(results):
-            scr["step"][:, m, :] = dt
-            scr["u"][:, m, :] = ybar
+            tl.store(scr["step"].at[:, m, :], dt)
+            tl.store(scr["u"].at[:, m, :], ybar)
         return None
 
     def load_step(t: Any) -> list[tuple]:

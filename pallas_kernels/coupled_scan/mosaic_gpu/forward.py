@@ -185,8 +185,8 @@ def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, ste
         dt = tl.step_size(plan, tl.load_rows(scr["dt"].at[slot, m], steps), bias, here)
         out.append((dt, dt * tl.keep(here, tl.load_rows(scr["x"].at[slot, m], steps))))
     for m, (dt, u) in enumerate(out):
-        scr["step"][:, m, :] = dt
-        scr["u"][:, m, :] = u
+        tl.store(scr["step"].at[:, m, :], dt)
+        tl.store(scr["u"].at[:, m, :], u)
 
 
 def load_step(plan: Plan, scr: Refs, t: Any, *, C: bool = True) -> list[tuple]:
@@ -241,7 +241,7 @@ def store_state(plan: Plan, ref: Any, state: State, columns: Any = None) -> None
     columns = pl.ds(0, CHANNELS) if columns is None else columns
     for s in range(plan.S):
         for i in range(ROWS):
-            ref[s, i, :, columns] = state[s][i]
+            tl.store(ref.at[s, i, :, columns], state[s][i])
 
 
 def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: Refs, scr: Refs) -> None:
@@ -305,7 +305,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
                 y = y * (z * tl.sigmoid(plan, z))
             results.append(tl.keep(here, y).astype(plan.dtype))
         for m, y in enumerate(results):
-            scr["out"][m] = y
+            tl.store(scr["out"].at[m], y)
 
     def prepare(n: Any) -> None:
         slot = lax.rem(n, STAGES)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import layout_cast, load
+from pallas_kernels._compat import layout_cast, load, store
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     CHANNELS,
     F32,
@@ -79,7 +79,7 @@ def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, 
                 present = load(scr["flags"].at[slot, :, m], layout.reduce(1))
                 present = lax.broadcast_in_dim(present, values.shape, (0,))
                 values = jnp.where(layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
-            scr["projections"][:, row] = values
+            store(scr["projections"].at[:, row], values)
 
 
 def load_projection(plan: Plan, ref: Any, i: int) -> Array:
@@ -220,7 +220,7 @@ def add_slab(plan: Plan, ref: Any, value: Array, slab: Any) -> None:
     if plan.slabs > 1:
         old = load(ref, STATE)
         value = value + choose(slab > 0, old, jnp.zeros_like(old))
-    ref[...] = value
+    store(ref, value)
 
 
 def sync() -> None:
@@ -235,12 +235,12 @@ def save_thread(ref: Any, state: list[Array], interpret: Any) -> None:
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * ROWS))
-    def store(ctx: Any, target: Any, *arrays: Any) -> None:
+    def write(ctx: Any, target: Any, *arrays: Any) -> None:
         del ctx
         for k in range(0, ROWS, 4):
             _store_vector(target, [_constant(k // 4), _thread(), _constant(0)], [_value(a) for a in arrays[k : k + 4]])
 
-    store(ref, *state)
+    write(ref, *state)
 
 
 def load_thread(ref: Any, interpret: Any) -> list[Array]:
