@@ -8,7 +8,7 @@ Fields that are ``None`` or ``"auto"`` are resolved when the experiment is built
 import dataclasses
 from typing import Literal
 
-CouplingName = Literal["shared", "full", "independent", "released"]
+CouplingName = Literal["shared", "full", "independent", "released", "cross_attention"]
 TaskKind = Literal["classification", "regression", "multilabel"]
 Granularity = Literal["sequence", "step"]
 
@@ -40,9 +40,12 @@ class ModelConfig:
     dt_rank: int | None = None
     """Rank of the step-size projection; None: ceil(d_model / 8)."""
     n_layers: int = 3
-    """Layers of coupled blocks."""
+    """Layers of coupled blocks; 0: encoders and head only."""
     coupling: CouplingName = "shared"
-    """Coupling of the states: shared (Eq. 6), full (Eq. 5), independent, or the published code's (released)."""
+    """Coupling of the states: shared (Eq. 6), full (Eq. 5), independent, or the published code's (released); or
+    attention between the modalities instead of scans (cross_attention)."""
+    early_fusion: Literal["none", "average", "concat"] = "none"
+    """One stream instead of one a modality, fused after the encoders by a mean or by a linear map of all of them."""
     unnormalized: bool = False
     """Literal gain g = 1 (shared) or raw weights (full). The states can overflow: see the README."""
     readout: Literal["per_modality", "shared"] = "per_modality"
@@ -59,6 +62,8 @@ class ModelConfig:
     """Pooling over time, for predictions per sequence."""
     fusion: Literal["weighted", "mean", "concat", "late"] = "weighted"
     """Modalities are fused by a softmax-weighted sum, a mean, a concatenation, or by averaging their logits (late)."""
+    n_heads: int = 4
+    """Attention heads of coupling "cross_attention"."""
     head_hidden: int = 64
     """Hidden units of the head (Linear-ReLU-Linear)."""
     dropout: float = 0.0
