@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
     from cmamba_jax.data import Pipeline, Splits, from_arrays
     from cmamba_jax.errors import UserError
     from cmamba_jax.models import CoupledMamba
-    from cmamba_jax.train import RunResult, cross_validate, fit, load_run
+    from cmamba_jax.train import RunResult, SeedsResult, cross_validate, fit, fit_seeds, load_run
 
 __version__ = "0.1.0.dev0"
 
@@ -44,7 +44,7 @@ _HOMES = {
     "data": ("Pipeline", "Splits", "from_arrays"),
     "errors": ("UserError",),
     "models": ("CoupledMamba",),
-    "train": ("RunResult", "cross_validate", "fit", "load_run"),
+    "train": ("RunResult", "SeedsResult", "cross_validate", "fit", "fit_seeds", "load_run"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -59,6 +59,7 @@ __all__ = [
     "Pipeline",
     "PipelineConfig",
     "RunResult",
+    "SeedsResult",
     "Splits",
     "SyntheticConfig",
     "TaskConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "WatchConfig",
     "cross_validate",
     "fit",
+    "fit_seeds",
     "from_arrays",
     "load_run",
 ]

@@ -25,7 +25,8 @@ usage: cmamba COMMAND ...
 Coupled Mamba: train, evaluate and use models that fuse modalities.
 
 commands:
-  train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder
+  train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder,
+                                                --seeds 1 2 3 trains several seeds together
   crossval CONFIG [--section.field VALUE ...]   one run a fold; prints mean and standard deviation
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
@@ -80,8 +81,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 def _train(words: list[str]) -> None:
     config = _parse_config("train", words)
-    from cmamba_jax.train import fit
+    from cmamba_jax.train import fit, fit_seeds
 
+    if config.train.seeds:
+        group = fit_seeds(config)
+        for split, mean in group.mean.items():
+            values = "  ".join(f"{name} {value:.4f} +- {group.std[split][name]:.4f}" for name, value in mean.items())
+            print(f"{split}, {len(group.runs)} seeds, mean +- standard deviation: {values}")
+        print(f"runs: {group.run_dir}")
+        return
     result = fit(config)
     _print_metrics("test", result.metrics["test"])
     print(f"report: {result.report}")
@@ -98,6 +106,9 @@ def _crossval(words: list[str]) -> None:
     for name in result.mean:
         values = [*(fold[name] for fold in result.folds), result.mean[name], result.std[name]]
         print(f"{name:<{width}}", *(f"{value:8.4f}" for value in values))
+    if result.seed_std:
+        print(f"folds: means over {len(result.seeds[0])} seeds; standard deviation over the seeds of the mean:")
+        print("  ".join(f"{name} {value:.4f}" for name, value in result.seed_std.items()))
     print(f"written to {result.path}")
 
 
@@ -200,7 +211,12 @@ def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
         )
     path, *overrides = words
     default = load_config(pathlib.Path(path))
-    aliases = {"--resume": "--train.resume", "--run-dir": "--train.run-dir", "--run_dir": "--train.run-dir"}
+    aliases = {
+        "--resume": "--train.resume",
+        "--run-dir": "--train.run-dir",
+        "--run_dir": "--train.run-dir",
+        "--seeds": "--train.seeds",
+    }
     overrides = [
         "=".join([aliases.get(name, name), *value]) for name, *value in (word.split("=", 1) for word in overrides)
     ]
@@ -209,7 +225,8 @@ def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
         default=default,
         args=overrides,
         prog=f"cmamba {command} {path}",
-        description=f"Fields of {path}; defaults are the file's. --resume and --run-dir need no 'train.' before them.",
+        description=f"Fields of {path}; defaults are the file's. --resume, --run-dir and --seeds need no 'train.' "
+        "before them.",
     )
 
 

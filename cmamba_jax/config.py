@@ -189,6 +189,8 @@ class TrainConfig:
     epochs: int = 150
     seed: int = 1111
     """Seed of the parameters, the shuffling and the dropout."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that are trained together, in one compiled step; empty: `seed` alone."""
     loss: Literal["auto", "l1", "mse", "cross_entropy", "bce"] = "auto"
     """auto: cross_entropy (classification), l1 (regression), bce (multilabel)."""
     label_smoothing: float = 0.0

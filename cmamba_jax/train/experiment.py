@@ -21,7 +21,7 @@ from cmamba_jax.data import DataInfo, Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
-from cmamba_jax.train.evaluation import Evaluator
+from cmamba_jax.train.evaluation import Evaluation, Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
 from cmamba_jax.train.report import write_report
 from cmamba_jax.train.writers import MetricWriter, Progress, read_history
@@ -78,6 +78,8 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     """
     started = time.perf_counter()
     config_json.check(config)
+    if config.train.seeds:
+        raise UserError(f"fit trains one seed, but train.seeds is {config.train.seeds}; use fit_seeds, or empty it")
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
@@ -108,7 +110,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         batches.set_state(position.data)
 
     writer = MetricWriter(run_dir, start_step=position.step)
-    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=_shows_bar(config))
+    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=shows_bar(config))
     try:
         with checkpoint.Checkpoints(checkpoint_dir) as checkpoints:
             train_state, position = loop.train(
@@ -131,7 +133,35 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
 
     best, _ = checkpoint.load_params(checkpoint_dir, train_state.params)
     test = evaluate(best, pipeline.batches("test"))
-    metrics = {"valid": evaluate(best, pipeline.batches("valid")).metrics, "test": test.metrics}
+    valid = evaluate(best, pipeline.batches("valid")).metrics
+    seconds = time.perf_counter() - started
+    return finish(run_dir, config, info, nnx.merge(graphdef, best), position, valid=valid, test=test, seconds=seconds)
+
+
+def finish(
+    run_dir: pathlib.Path,
+    config: ExperimentConfig,
+    info: DataInfo,
+    model: CoupledMamba,
+    position: checkpoint.Position,
+    *,
+    valid: dict[str, float],
+    test: Evaluation,
+    seconds: float,
+) -> RunResult:
+    """Writes the report of a trained run.
+
+    Args:
+        run_dir: its folder.
+        config: the resolved configuration.
+        info: description of the data.
+        model: with the parameters of the best checkpoint.
+        position: where training ended.
+        valid: validation metrics of the model.
+        test: its score on the test split.
+        seconds: how long it took.
+    """
+    metrics = {"valid": valid, "test": test.metrics}
     report = write_report(
         run_dir,
         config=config,
@@ -140,8 +170,8 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         history=read_history(run_dir),
         logits=test.logits,
         labels=test.labels,
-        coupling_tables=nnx.merge(graphdef, best).coupling_tables(),
-        facts=_facts(best, position, time.perf_counter() - started),
+        coupling_tables=model.coupling_tables(),
+        facts=_facts(state.split_model(model)[1], position, seconds),
     )
     return RunResult(run_dir, metrics, report)
 
@@ -168,7 +198,8 @@ def resolve(config: ExperimentConfig, info: DataInfo) -> ExperimentConfig:
     )
 
 
-def _shows_bar(config: ExperimentConfig) -> bool:
+def shows_bar(config: ExperimentConfig) -> bool:
+    """Whether a progress bar suits the configuration and the terminal."""
     if config.train.progress == "auto":
         return sys.stderr.isatty() or "ipykernel" in sys.modules
     return config.train.progress == "on"

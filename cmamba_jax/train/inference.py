@@ -190,7 +190,11 @@ def load_run(run_dir: str | os.PathLike, *, which: str = "best") -> Run:
         UserError: the folder is none of a run, or the checkpoint is missing or damaged.
     """
     run_dir = pathlib.Path(run_dir).expanduser()
-    config, info = runs.read_config(run_dir), runs.read_info(run_dir)
+    config = runs.read_config(run_dir)
+    if config.train.seeds:
+        names = ", ".join(f"seed_{seed}" for seed in config.train.seeds)
+        raise UserError(f"{run_dir} holds the runs of several seeds; name one of its subfolders: {names}")
+    info = runs.read_info(run_dir)
     normalizer = Normalizer.from_dict(runs.read_json(run_dir / "normalizer.json"))
     model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
     graphdef, params = state.split_model(model)
