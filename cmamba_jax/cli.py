@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import cmamba_jax.config
-from cmamba_jax.config import ExperimentConfig
+from cmamba_jax.config import ExperimentConfig, SweepConfig
 from cmamba_jax.config_json import check
 from cmamba_jax.errors import UserError
 
@@ -28,6 +28,8 @@ commands:
   train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder,
                                                 --seeds 1 2 3 trains several seeds together
   crossval CONFIG [--section.field VALUE ...]   one run a fold; prints mean and standard deviation
+  sweep CONFIG [--grid FIELD=A,B ...] [...]     a table of experiments as CSV and Markdown; finished rows are kept
+  results [RUNS] [--configs DIR] [--output F]   RESULTS.md of all sweeps: what was run, and what was not
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
@@ -112,6 +114,75 @@ def _crossval(words: list[str]) -> None:
     print(f"written to {result.path}")
 
 
+def _sweep(words: list[str]) -> None:
+    path, words = _config_path("sweep", words)
+    grid, folds, widths = [], [], []
+    while words and words[0].split("=")[0] in ("--grid", "--folds", "--widths"):
+        name, *value = words.pop(0).split("=", 1)
+        if name == "--grid":
+            while words and not words[0].startswith("-"):
+                value.append(words.pop(0))
+            grid += value
+        else:
+            {"--folds": folds, "--widths": widths}[name].extend(value or words[:1])
+            words = words if value else words[1:]
+    from cmamba_jax.train import sweep
+
+    found = load_config(path, kinds=(SweepConfig, ExperimentConfig))
+    plan = found if isinstance(found, SweepConfig) else SweepConfig(name=f"{found.name}_sweep", base=found)
+    if grid:
+        plan = dataclasses.replace(plan, rows=sweep.grid(dict(map(_grid_values, grid))))
+    elif not plan.rows:
+        raise UserError(f"{path} has no rows; give fields to vary, such as `--grid model.coupling=shared,full`")
+    plan = dataclasses.replace(
+        plan,
+        folds=folds[-1] if folds else plan.folds,
+        widths=widths[-1] if widths else plan.widths,
+        base=_override("sweep", path, plan.base, words),
+    )
+    result = sweep.run_sweep(plan, command=" ".join(["cmamba sweep", *sys.argv[2:]]))
+    print(result.table, end="")
+    print(f"written to {result.folder}/table.md and table.csv")
+
+
+def _grid_values(word: str) -> tuple[str, tuple[Any, ...]]:
+    """FIELD=A,B as the field and its values; what is no JSON is a string."""
+    name, equals, values = word.partition("=")
+    if not equals or not values:
+        raise UserError(f"--grid: expected FIELD=VALUE,VALUE such as model.d_state=16,32, got {word!r}")
+
+    def decoded(value: str) -> Any:
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
+    return name.replace("-", "_"), tuple(map(decoded, values.split(",")))
+
+
+def _results(words: list[str]) -> None:
+    def results(
+        runs: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")] = pathlib.Path("runs"),
+        /,
+        configs: pathlib.Path = pathlib.Path("configs"),
+        output: pathlib.Path = pathlib.Path("RESULTS.md"),
+    ) -> None:
+        """Write the tables of all sweeps in a folder, and the list of configurations that were not run.
+
+        Args:
+            runs: Folder that holds the sweeps, at any depth.
+            configs: Folder of the configurations.
+            output: Markdown file to write.
+        """
+        from cmamba_jax.train.results import write_results
+
+        found = {path: load_config(path, kinds=(SweepConfig, ExperimentConfig)) for path in configs.rglob("*.py")}
+        ran, missing = write_results(runs, found, output)
+        print(f"{output}: {ran} tables, {missing} configurations not run")
+
+    tyro.cli(results, args=words, prog="cmamba results")
+
+
 def _info(words: list[str]) -> None:
     config = _parse_config("info", words)
     from cmamba_jax.train.describe import describe
@@ -191,6 +262,8 @@ def _doctor(words: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "crossval": _crossval,
+    "sweep": _sweep,
+    "results": _results,
     "info": _info,
     "eval": _eval,
     "predict": _predict,
@@ -201,6 +274,12 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
     """The configuration of a file with the overrides of the command line."""
+    path, overrides = _config_path(command, words)
+    return _override(command, path, load_config(path), overrides)
+
+
+def _config_path(command: str, words: list[str]) -> tuple[pathlib.Path, list[str]]:
+    """The file that the words start with, and the other words."""
     if words[:1] in (["-h"], ["--help"]):
         print(_USAGE, end="")
         sys.exit(0)
@@ -209,8 +288,10 @@ def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
             f"{command} needs a CONFIG first: `cmamba {command} configs/watch.py`; "
             f"`cmamba {command} configs/watch.py --help` lists its fields"
         )
-    path, *overrides = words
-    default = load_config(pathlib.Path(path))
+    return pathlib.Path(words[0]), words[1:]
+
+
+def _override(command: str, path: pathlib.Path, default: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
     aliases = {
         "--resume": "--train.resume",
         "--run-dir": "--train.run-dir",
@@ -230,8 +311,12 @@ def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
     )
 
 
-def load_config(path: pathlib.Path) -> ExperimentConfig:
+def load_config(path: pathlib.Path, kinds: tuple[type, ...] = (ExperimentConfig,)) -> Any:
     """Runs the function ``config`` of a Python file.
+
+    Args:
+        path: the file.
+        kinds: what the function may return: an ExperimentConfig, or for sweeps a SweepConfig.
 
     Raises:
         UserError: there is no such file or function, it fails, or it returns something else.
@@ -247,9 +332,12 @@ def load_config(path: pathlib.Path) -> ExperimentConfig:
         raise UserError(_located(path, error)) from error
     if make is None:
         raise UserError(f"{path} has no function config(); expected `def config() -> ExperimentConfig`")
-    if not isinstance(result, ExperimentConfig):
-        raise UserError(f"{path}: config() returned {type(result).__name__}, expected an ExperimentConfig")
-    return check(result)
+    if not isinstance(result, kinds):
+        expected = " or ".join(f"a{'n' * (kind is ExperimentConfig)} {kind.__name__}" for kind in kinds)
+        hint = "; run it with `cmamba sweep`" if isinstance(result, SweepConfig) else ""
+        raise UserError(f"{path}: config() returned {type(result).__name__}, expected {expected}{hint}")
+    check(result.base if isinstance(result, SweepConfig) else result)
+    return result
 
 
 def _located(path: pathlib.Path, error: Exception) -> str:

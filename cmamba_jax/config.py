@@ -191,6 +191,9 @@ class TrainConfig:
     """Seed of the parameters, the shuffling and the dropout."""
     seeds: tuple[int, ...] = ()
     """Seeds that are trained together, in one compiled step; empty: `seed` alone."""
+    track_test: bool = False
+    """With `seeds`: score the test split after every epoch too, and report apart what choosing the epoch on it would
+    give, as some publications do. Nothing is chosen by it."""
     loss: Literal["auto", "l1", "mse", "cross_entropy", "bce"] = "auto"
     """auto: cross_entropy (classification), l1 (regression), bce (multilabel)."""
     label_smoothing: float = 0.0
@@ -224,3 +227,34 @@ class ExperimentConfig:
     pipeline: PipelineConfig = PipelineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    paper: str = ""
+    """What a publication reports for this experiment, for people to compare with; nothing reads it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRow:
+    """One row of a sweep's table."""
+
+    label: str = ""
+    """Name of the row, and of its folder."""
+    changes: tuple[tuple[str, object], ...] = ()
+    """Fields that differ from the base, with their values: (("model.coupling", "full"), ("model.d_state", 32))."""
+    paper: str = ""
+    """What a publication reports for this row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A table of experiments that differ in a few fields, for `cmamba sweep`."""
+
+    name: str = "sweep"
+    """Name of the sweep and of its folder."""
+    base: ExperimentConfig = ExperimentConfig("base")
+    """What all rows share; `base.train.seeds` are trained together in every row."""
+    rows: tuple[SweepRow, ...] = ()
+    widths: Literal["same", "equal_parameters"] = "same"
+    """equal_parameters: every row takes the d_model that gives it as many parameters as the base, within 5%."""
+    folds: Literal["one", "all"] = "one"
+    """all: every row is a cross-validation over the folds of the data."""
+    metrics: tuple[str, ...] = ()
+    """Columns of the Markdown table; empty: all metrics of the task."""

@@ -311,3 +311,29 @@ def test_interrupt_is_no_traceback(call, config_file, monkeypatch):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "cmamba_jax", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("cmamba: error: unknown command 'trian'")
+
+
+def test_sweep_and_results(call, fails, config_file, tmp_path, monkeypatch):
+    """A grid of one row on an experiment's file, its table, and the list of what was not run."""
+    monkeypatch.chdir(tmp_path)
+    train = ("--train.epochs", 1, "--train.output", "runs", "--seeds", 1, 2)
+    code, out, err = call("sweep", config_file, "--grid", "model.coupling=full", *train)
+    assert (code, err) == (0, "")
+    assert out.startswith("row 1/1: coupling full (") and "\n| coupling full |" in out
+    assert out.endswith("written to runs/tiny_sweep/table.md and table.csv\n")
+    (tmp_path / "configs").mkdir()
+    shutil.copy(config_file, tmp_path / "configs")
+    (tmp_path / "configs" / "other.py").write_text(
+        SOURCE.replace("'tiny'", "'other'").replace("paper=''", "paper='81.8'")
+    )
+    assert call("results")[1] == "RESULTS.md: 1 tables, 1 configurations not run\n"
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| coupling full |" in text and "| `configs/other.py` | 81.8 |" in text
+    assert "has no rows; give fields to vary" in fails("sweep", config_file)
+    assert "--grid: expected FIELD=VALUE,VALUE" in fails("sweep", config_file, "--grid", "model.d_state")
+
+
+def test_a_sweep_is_not_an_experiment(fails, tmp_path):
+    path = tmp_path / "table.py"
+    path.write_text("from cmamba_jax.config import *\n\ndef config():\n    return SweepConfig()\n")
+    assert "returned SweepConfig, expected an ExperimentConfig; run it with `cmamba sweep`" in fails("train", path)

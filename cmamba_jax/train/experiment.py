@@ -80,6 +80,8 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     config_json.check(config)
     if config.train.seeds:
         raise UserError(f"fit trains one seed, but train.seeds is {config.train.seeds}; use fit_seeds, or empty it")
+    if config.train.track_test:
+        raise UserError("train.track_test needs train.seeds (one is enough): set --seeds, or switch it off")
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)

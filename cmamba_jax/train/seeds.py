@@ -24,6 +24,7 @@ from cmamba_jax.batch import Batch
 from cmamba_jax.config import ExperimentConfig, TrainConfig
 from cmamba_jax.data import Pipeline, Splits
 from cmamba_jax.errors import UserError
+from cmamba_jax.metrics import METRICS
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
 from cmamba_jax.train.checkpoint import Position
@@ -31,7 +32,7 @@ from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.experiment import RunResult, finish, load_splits, resolve, shows_bar
 from cmamba_jax.train.objective import make_loss_sum
 from cmamba_jax.train.state import Params, StepMetrics, TrainState
-from cmamba_jax.train.writers import MetricWriter, Progress
+from cmamba_jax.train.writers import MetricWriter, Progress, read_history
 
 Metrics = dict[str, float]
 How = Literal["vmap", "loop"]
@@ -46,12 +47,15 @@ class SeedsResult:
         runs: result of each seed, in the order of `train.seeds`.
         mean: mean over the seeds of each metric, for the splits "valid" and "test".
         std: standard deviation over the seeds (n - 1 in the denominator; 0 for one seed).
+        test_chosen: with `train.track_test`, of each seed the monitored metric on the test split at the epoch where it
+            is best there: an optimistic number that chooses on the test set.
     """
 
     run_dir: pathlib.Path
     runs: list[RunResult]
     mean: dict[str, Metrics]
     std: dict[str, Metrics]
+    test_chosen: list[float] = dataclasses.field(default_factory=list)
 
 
 def statistics(rows: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
@@ -186,8 +190,8 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
                 members,
                 config=config.train,
                 step=make_seeds_step(state.train_step(graphdef, transformation, loss_sum)),
-                validate=lambda params: [
-                    e.metrics for e in evaluate.each(params, pipeline.batches("valid"), len(seeds))
+                score=lambda params, split: [
+                    e.metrics for e in evaluate.each(params, pipeline.batches(split), len(seeds))
                 ],
                 steps_per_epoch=pipeline.steps_per_epoch,
                 batch_size=config.pipeline.batch_size,
@@ -217,7 +221,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
                 seconds=time.perf_counter() - started,
             )
         )
-    return _summary(folder, seeds, results)
+    return _summary(folder, config.train, results)
 
 
 @dataclasses.dataclass
@@ -237,7 +241,7 @@ def _train(
     *,
     config: TrainConfig,
     step: Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, StepMetrics]],
-    validate: Callable[[Params], list[Metrics]],
+    score: Callable[[Params, Literal["valid", "test"]], list[Metrics]],
     steps_per_epoch: int,
     batch_size: int,
     learning_rate: Callable[[int], float],
@@ -271,7 +275,8 @@ def _train(
         _read(pending, logs, active, members, group, last=True)
 
         improved = [False] * len(members)
-        for i, values in enumerate(validate(group.params)):
+        test = score(group.params, "test") if config.track_test else []
+        for i, values in enumerate(score(group.params, "valid")):
             member, old = members[i], members[i].position
             if not active[i]:
                 continue
@@ -289,6 +294,8 @@ def _train(
                 data=member.batches.get_state(),
             )
             member.writer.write(start + steps_per_epoch, epoch, "valid", values)
+            if test:
+                member.writer.write(start + steps_per_epoch, epoch, "test", test[i])
         best = pick(jnp.asarray(improved), group.params, best)
         losses = np.mean([log.mean_loss for log, on in zip(logs, active, strict=True) if on])
         tops = "  ".join(f"{m.position.best_value:.4f}" for m in members)
@@ -366,9 +373,16 @@ def _save_single(member: _Member, last: TrainState, best: Params) -> None:
         checkpoints.save("last", last, position)
 
 
-def _summary(folder: pathlib.Path, seeds: Sequence[int], results: list[RunResult]) -> SeedsResult:
+def _summary(folder: pathlib.Path, config: TrainConfig, results: list[RunResult]) -> SeedsResult:
     splits = {split: statistics([r.metrics[split] for r in results]) for split in ("valid", "test")}
     mean, std = ({split: pair[k] for split, pair in splits.items()} for k in (0, 1))
-    values = {"seeds": list(seeds), "runs": [r.metrics for r in results], "mean": mean, "std": std}
+    values = {"seeds": list(config.seeds), "runs": [r.metrics for r in results], "mean": mean, "std": std}
+    chosen: list[float] = []
+    if config.track_test:
+        extreme = min if METRICS[config.monitor] == "min" else max
+        for result in results:
+            tested = [record for record in read_history(result.run_dir) if record["split"] == "test"]
+            chosen.append(extreme(record[config.monitor] for record in tested))
+        values["test_chosen"] = {config.monitor: chosen}
     runs.write_json(folder / "seeds.json", values)
-    return SeedsResult(folder, results, mean, std)
+    return SeedsResult(folder, results, mean, std, chosen)
