@@ -120,7 +120,37 @@ class NpzConfig:
     """Name of the label array in each file; every other array is a modality [L, F]."""
 
 
-DataConfig = WatchConfig | SyntheticConfig | NpzConfig
+@dataclasses.dataclass(frozen=True)
+class MosiContextualConfig:
+    """CMU-MOSI by utterance: one video is one sequence, with a label at every utterance."""
+
+    path: str = ""
+    """Folder of {text,audio,video}_{train,test}.csv and manifest.csv."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    valid_fraction: float = 0.2
+    """Share of the training videos that is held out for validation."""
+    split_seed: int = 0
+    """Seed that draws the validation videos."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OmicsConfig:
+    """Multi-omics classification in MOGONET's layout: ROSMAP, BRCA. Features are scaled to 0..1."""
+
+    path: str = ""
+    """Folder of {1,2,3}_{tr,te}.csv and labels_{tr,te}.csv."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    n_steps: int = 1
+    """Steps of the sequence that a view becomes, each a group of consecutive features; the published code uses 1."""
+    valid_fraction: float = 0.2
+    """Share of the training rows that is held out for validation, stratified by class."""
+    split_seed: int = 0
+    """Seed that draws the validation rows."""
+
+
+DataConfig = WatchConfig | SyntheticConfig | NpzConfig | MosiContextualConfig | OmicsConfig
 
 
 @dataclasses.dataclass(frozen=True)

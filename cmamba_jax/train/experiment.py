@@ -154,7 +154,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
         DataError: the data is not as expected.
     """
     if config.data is None:
-        raise UserError("config.data is None: set it to WatchConfig, SyntheticConfig or NpzConfig, or pass splits")
+        raise UserError("config.data is None: set it to a data set such as NpzConfig, or pass splits")
     return data.load(config.data)
 
 
