@@ -10,6 +10,7 @@ if typing.TYPE_CHECKING:
     from cmamba_jax.batch import Batch
     from cmamba_jax.config import (
         AugmentConfig,
+        EvaluationConfig,
         ExperimentConfig,
         ModelConfig,
         MosiContextualConfig,
@@ -33,6 +34,7 @@ _HOMES = {
     "batch": ("Batch",),
     "config": (
         "AugmentConfig",
+        "EvaluationConfig",
         "ExperimentConfig",
         "ModelConfig",
         "MosiContextualConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "AugmentConfig",
     "Batch",
     "CoupledMamba",
+    "EvaluationConfig",
     "ExperimentConfig",
     "ModelConfig",
     "MosiContextualConfig",

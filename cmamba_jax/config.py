@@ -11,6 +11,7 @@ from typing import Literal
 CouplingName = Literal["shared", "full", "independent", "released"]
 TaskKind = Literal["classification", "regression", "multilabel"]
 Granularity = Literal["sequence", "step"]
+MetricSet = Literal["auto", "mosi", "sims", "mmsa_classification", "omics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +237,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How predictions are scored."""
+
+    metrics: MetricSet = "auto"
+    """auto: by the kind of task; mosi, sims, mmsa_classification: MMSA's; omics: accuracy with F1 and AUC or F1s."""
+    thresholds: tuple[float, ...] = (0.5,)
+    """Probabilities above which a label counts as predicted (multilabel): one for all labels, or one for each."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything that determines a run."""
 
@@ -247,3 +258,4 @@ class ExperimentConfig:
     pipeline: PipelineConfig = PipelineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,6 +1,14 @@
 """Alzheimer's disease from three omics views (ROSMAP): `cmamba train configs/rosmap.py --data.path FOLDER`."""
 
-from cmamba_jax.config import ExperimentConfig, ModelConfig, OmicsConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from cmamba_jax.config import (
+    EvaluationConfig,
+    ExperimentConfig,
+    ModelConfig,
+    OmicsConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    TrainConfig,
+)
 
 
 def config() -> ExperimentConfig:
@@ -13,4 +21,5 @@ def config() -> ExperimentConfig:
         pipeline=PipelineConfig(batch_size=32, normalize="none"),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, weight_decay=0.05, schedule="cosine"),
         train=TrainConfig(epochs=60, monitor="loss"),
+        evaluation=EvaluationConfig(metrics="omics"),
     )

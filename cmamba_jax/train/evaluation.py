@@ -8,7 +8,7 @@ import numpy as np
 
 from cmamba_jax import metrics
 from cmamba_jax.batch import Batch
-from cmamba_jax.config import TaskConfig
+from cmamba_jax.config import EvaluationConfig, TaskConfig
 from cmamba_jax.train.objective import valid_predictions
 from cmamba_jax.train.state import LossSum, Params
 
@@ -18,7 +18,7 @@ class Evaluation:
     """The score of a split and what it was computed from.
 
     Attributes:
-        metrics: ``loss`` and the metrics of the task by name.
+        metrics: ``loss`` and the metrics by name.
         logits: outputs of the n predictions that count, float32 [n, K], in the order of the split; for a task per
             step, those of a sequence follow each other.
         labels: their labels, [n] or [n, K].
@@ -36,11 +36,19 @@ class Evaluator:
         predict: from `state.make_predict_step`.
         loss_sum: function of the logits and the batch, see `objective.loss_sum`.
         task: the task.
+        config: which metrics.
     """
 
-    def __init__(self, predict: Callable[[Params, Batch], jax.Array], loss_sum: LossSum, task: TaskConfig):
+    def __init__(
+        self,
+        predict: Callable[[Params, Batch], jax.Array],
+        loss_sum: LossSum,
+        task: TaskConfig,
+        config: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+    ):
         self._predict = predict
         self._task = task
+        self._config = config
         self._loss_sum = jax.jit(loss_sum)
 
     def __call__(self, params: Params, batches: Iterable[Batch]) -> Evaluation:
@@ -54,6 +62,5 @@ class Evaluator:
             labels.append(np.asarray(batch.labels)[valid])
             total, count = total + float(batch_total), count + float(batch_count)
         logits, labels = np.concatenate(logits), np.concatenate(labels)
-        return Evaluation(
-            {"loss": total / max(count, 1)} | metrics.evaluate(self._task, logits, labels), logits, labels
-        )
+        scores = metrics.evaluate(self._task, logits, labels, self._config)
+        return Evaluation({"loss": total / max(count, 1)} | scores, logits, labels)
