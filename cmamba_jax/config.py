@@ -171,6 +171,22 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MissingConfig:
+    """Part of the normalised inputs removed at random."""
+
+    kind: Literal["none", "element", "modality", "step"] = "none"
+    """What is missing: single numbers (Table 12 of the paper), whole modalities but for one, or time steps (MMSA)."""
+    rate: float = 0.0
+    """Probability that a number, a modality or a step is missing."""
+    modalities: tuple[str, ...] = ()
+    """Modalities that lose something; empty: all."""
+    marking: Literal["mask", "zeros"] = "mask"
+    """What the model sees of missing modalities and steps: False in the masks, or zeros as in MMSA."""
+    seed: int = 0
+    """Seed of what is missing at evaluation; training draws anew in every epoch, from the seed of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PipelineConfig:
     """From samples to batches of one shape."""
 
@@ -181,6 +197,8 @@ class PipelineConfig:
     normalize: Literal["standard", "minmax", "none"] = "standard"
     """Feature scaling, fitted on the training samples only."""
     augment: AugmentConfig = AugmentConfig()
+    missing: MissingConfig = MissingConfig()
+    """What is removed from the training samples (modality dropout); validation and test samples stay whole."""
     read_threads: int = 2
     """Threads that prepare batches ahead of the training step."""
 

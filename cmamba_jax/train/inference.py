@@ -16,7 +16,7 @@ from flax import nnx
 from scipy import special
 
 from cmamba_jax import metrics
-from cmamba_jax.config import ExperimentConfig, PipelineConfig
+from cmamba_jax.config import ExperimentConfig, MissingConfig, PipelineConfig
 from cmamba_jax.data import DataError, DataInfo, Normalizer, Pipeline, Sample, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
@@ -64,19 +64,26 @@ class Run:
     model: nnx.Module
     epoch: int
 
-    def evaluate(self, split: str = "test", splits: Splits | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        split: str = "test",
+        splits: Splits | None = None,
+        *,
+        missing: MissingConfig = MissingConfig(),  # noqa: B008 (frozen)
+    ) -> Evaluation:
         """Scores a split: metrics, and the outputs and labels of all predictions that count.
 
         Args:
             split: "train", "valid" or "test".
             splits: the data set; None: the one of the configuration.
+            missing: what to remove from the samples.
         """
         if split not in ("train", "valid", "test"):
             raise UserError(f"unknown split {split!r}; expected train, valid or test")
         splits = load_splits(self.config) if splits is None else splits
         loss_sum = make_loss_sum(self.info.task, self.config.train)
         evaluator = Evaluator(self._predict, loss_sum, self.info.task, self.config.evaluation)
-        return evaluator(self._params, self._pipeline(splits, self.config.pipeline).batches(split))
+        return evaluator(self._params, self._pipeline(splits, self.config.pipeline).batches(split, missing))
 
     def predict(
         self,
