@@ -151,7 +151,40 @@ class OmicsConfig:
     """Seed that draws the validation rows."""
 
 
-DataConfig = WatchConfig | SyntheticConfig | NpzConfig | MosiContextualConfig | OmicsConfig
+@dataclasses.dataclass(frozen=True)
+class MmsaConfig:
+    """CMU-MOSI, CMU-MOSEI, CH-SIMS or CH-SIMSv2 in a feature file of MMSA, aligned or unaligned."""
+
+    path: str = ""
+    """The file, such as aligned_50.pkl or unaligned_50.pkl."""
+    dataset: Literal["mosi", "mosei", "sims", "simsv2"] = "mosei"
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    task: Literal["regression", "classification"] = "regression"
+    """The sentiment as a number, or as negative, neutral or positive."""
+    length: int | None = None
+    """Steps that all modalities are brought to; None: those of the text."""
+    resample: Literal["mean", "nearest", "frames"] = "mean"
+    """What a window of steps becomes: its mean (the published code), one of them, or all side by side (learned)."""
+    span: Literal["padded", "true"] = "padded"
+    """The windows divide the steps with the file's padding (the published code), or the true steps of each sample."""
+    counts: Literal["published", "any"] = "published"
+    """The file has to hold as many samples as the published one, or may hold any number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MmImdbConfig:
+    """MM-IMDb: genres of films from plot and poster, in MultiBench's file."""
+
+    path: str = ""
+    """The file multimodal_imdb.hdf5."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    n_steps: int = 1
+    """Steps of the sequence that each vector becomes, each a group of consecutive features."""
+
+
+DataConfig = WatchConfig | SyntheticConfig | NpzConfig | MosiContextualConfig | OmicsConfig | MmsaConfig | MmImdbConfig
 
 
 @dataclasses.dataclass(frozen=True)

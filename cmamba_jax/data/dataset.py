@@ -12,6 +12,8 @@ import numpy.typing as npt
 from cmamba_jax.config import (
     DataConfig,
     Granularity,
+    MmImdbConfig,
+    MmsaConfig,
     MosiContextualConfig,
     NpzConfig,
     OmicsConfig,
@@ -119,6 +121,14 @@ def load(config: DataConfig) -> Splits:
             from cmamba_jax.data import omics
 
             return omics.load(config)
+        case MmsaConfig():
+            from cmamba_jax.data import mmsa
+
+            return mmsa.load(config)
+        case MmImdbConfig():
+            from cmamba_jax.data import mmimdb
+
+            return mmimdb.load(config)
     known = ", ".join(choice.__name__ for choice in typing.get_args(DataConfig))
     raise TypeError(f"expected one of {known}, got {type(config).__name__}")
 

@@ -62,11 +62,7 @@ def load(config: OmicsConfig) -> Splits:
         values = np.concatenate([rows[i][name] for i in train])
         low, high = values.min(axis=0), values.max(axis=0)
         scaling[name] = low, np.where(high > low, high - low, np.float32(1))
-    smallest = min(len(low) for low, _ in scaling.values())
-    if not 1 <= config.n_steps <= smallest:
-        raise DataError(
-            f"data.n_steps is {config.n_steps}, expected 1 to {smallest}, the number of features of the smallest view"
-        )
+    records.check_steps(config.n_steps, {name: len(low) for name, (low, _) in scaling.items()})
     make = _maker(scaling, config.n_steps)
     n_classes = int(labels.max()) + 1
     info = DataInfo(
@@ -143,8 +139,7 @@ def _maker(scaling: Mapping[str, tuple[np.ndarray, np.ndarray]], n_steps: int) -
     def make(record: records.Record) -> Sample:
         inputs = {}
         for name, (low, extent) in scaling.items():
-            values = (record[name][0] - low) / extent
-            inputs[name] = np.pad(values, (0, -len(values) % n_steps)).reshape(n_steps, -1)
+            inputs[name] = records.grouped((record[name][0] - low) / extent, n_steps)
         return {"inputs": inputs, "label": int(record["label"]), "id": record["id"]}
 
     return make

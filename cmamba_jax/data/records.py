@@ -179,6 +179,24 @@ def folder_with(path: str, names: Sequence[str], what: str) -> pathlib.Path:
     return folder
 
 
+def grouped(vector: np.ndarray, n_steps: int) -> np.ndarray:
+    """A vector [F] as a sequence [n_steps, ceil(F / n_steps)] of consecutive features, filled up with zeros."""
+    return np.pad(vector, (0, -len(vector) % n_steps)).reshape(n_steps, -1)
+
+
+def check_steps(n_steps: int, widths: Mapping[str, int]) -> None:
+    """Makes sure that vectors of these widths can be divided into `n_steps` groups.
+
+    Raises:
+        DataError: they cannot.
+    """
+    smallest = min(widths.values())
+    if not 1 <= n_steps <= smallest:
+        raise DataError(
+            f"data.n_steps is {n_steps}, expected 1 to {smallest}, the number of features of the smallest modality"
+        )
+
+
 def read_numbers(path: str | os.PathLike) -> np.ndarray:
     """A CSV file of numbers, with or without quotes and without a header, as float64 [rows, columns].
 
