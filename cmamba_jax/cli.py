@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import cmamba_jax.config
-from cmamba_jax.config import ExperimentConfig, SweepConfig
+from cmamba_jax.config import ExperimentConfig, MissingConfig, SweepConfig
 from cmamba_jax.config_json import check
 from cmamba_jax.errors import UserError
 
@@ -31,7 +31,8 @@ commands:
   sweep CONFIG [--grid FIELD=A,B ...] [...]     a table of experiments as CSV and Markdown; finished rows are kept
   results [RUNS] [--configs DIR] [--output F]   RESULTS.md of all sweeps: what was run, and what was not
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
-  eval RUN_DIR [--split test]                   score a trained model
+  eval RUN_DIR [--split test] [--missing.kind modality --missing.rate 0.3]
+                                                score a trained model, on whole data or with part of it removed
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
   bench {scan,step,tpu-static} ...              measure the scan or the host's cost of a training step; figures of the
                                                 TPU compiler
@@ -196,17 +197,19 @@ def _eval(words: list[str]) -> None:
         /,
         split: Literal["train", "valid", "test"] = "test",
         checkpoint: Literal["best", "last"] = "best",
+        missing: MissingConfig = MissingConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        """Score a trained model on a split of its data set.
+        """Score a trained model on a split of its data set, whole or with part of it removed.
 
         Args:
             run_dir: Folder of the run, such as runs/watch/001.
             split: Which part of the data.
             checkpoint: Which parameters.
+            missing: What is removed from the samples, such as --missing.kind modality --missing.rate 0.3.
         """
         from cmamba_jax.train import load_run
 
-        _print_metrics(split, load_run(run_dir, which=checkpoint).evaluate(split).metrics)
+        _print_metrics(split, load_run(run_dir, which=checkpoint).evaluate(split, missing=missing).metrics)
 
     tyro.cli(evaluate, args=words, prog="cmamba eval")
 

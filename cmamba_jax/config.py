@@ -11,6 +11,7 @@ from typing import Literal
 CouplingName = Literal["shared", "full", "independent", "released", "cross_attention"]
 TaskKind = Literal["classification", "regression", "multilabel"]
 Granularity = Literal["sequence", "step"]
+MetricSet = Literal["auto", "mosi", "sims", "mmsa_classification", "omics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,70 @@ class NpzConfig:
     """Name of the label array in each file; every other array is a modality [L, F]."""
 
 
-DataConfig = WatchConfig | SyntheticConfig | NpzConfig
+@dataclasses.dataclass(frozen=True)
+class MosiContextualConfig:
+    """CMU-MOSI by utterance: one video is one sequence, with a label at every utterance."""
+
+    path: str = ""
+    """Folder of {text,audio,video}_{train,test}.csv and manifest.csv."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    valid_fraction: float = 0.2
+    """Share of the training videos that is held out for validation."""
+    split_seed: int = 0
+    """Seed that draws the validation videos."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OmicsConfig:
+    """Multi-omics classification in MOGONET's layout: ROSMAP, BRCA. Features are scaled to 0..1."""
+
+    path: str = ""
+    """Folder of {1,2,3}_{tr,te}.csv and labels_{tr,te}.csv."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    n_steps: int = 1
+    """Steps of the sequence that a view becomes, each a group of consecutive features; the published code uses 1."""
+    valid_fraction: float = 0.2
+    """Share of the training rows that is held out for validation, stratified by class."""
+    split_seed: int = 0
+    """Seed that draws the validation rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MmsaConfig:
+    """CMU-MOSI, CMU-MOSEI, CH-SIMS or CH-SIMSv2 in a feature file of MMSA, aligned or unaligned."""
+
+    path: str = ""
+    """The file, such as aligned_50.pkl or unaligned_50.pkl."""
+    dataset: Literal["mosi", "mosei", "sims", "simsv2"] = "mosei"
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    task: Literal["regression", "classification"] = "regression"
+    """The sentiment as a number, or as negative, neutral or positive."""
+    length: int | None = None
+    """Steps that all modalities are brought to; None: those of the text."""
+    resample: Literal["mean", "nearest", "frames"] = "mean"
+    """What a window of steps becomes: its mean (the published code), one of them, or all side by side (learned)."""
+    span: Literal["padded", "true"] = "padded"
+    """The windows divide the steps with the file's padding (the published code), or the true steps of each sample."""
+    counts: Literal["published", "any"] = "published"
+    """The file has to hold as many samples as the published one, or may hold any number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MmImdbConfig:
+    """MM-IMDb: genres of films from plot and poster, in MultiBench's file."""
+
+    path: str = ""
+    """The file multimodal_imdb.hdf5."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    n_steps: int = 1
+    """Steps of the sequence that each vector becomes, each a group of consecutive features."""
+
+
+DataConfig = WatchConfig | SyntheticConfig | NpzConfig | MosiContextualConfig | OmicsConfig | MmsaConfig | MmImdbConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +209,22 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MissingConfig:
+    """Part of the normalised inputs removed at random."""
+
+    kind: Literal["none", "element", "modality", "step"] = "none"
+    """What is missing: single numbers (Table 12 of the paper), whole modalities but for one, or time steps (MMSA)."""
+    rate: float = 0.0
+    """Probability that a number, a modality or a step is missing."""
+    modalities: tuple[str, ...] = ()
+    """Modalities that lose something; empty: all."""
+    marking: Literal["mask", "zeros"] = "mask"
+    """What the model sees of missing modalities and steps: False in the masks, or zeros as in MMSA."""
+    seed: int = 0
+    """Seed of what is missing at evaluation; training draws anew in every epoch, from the seed of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PipelineConfig:
     """From samples to batches of one shape."""
 
@@ -155,6 +235,8 @@ class PipelineConfig:
     normalize: Literal["standard", "minmax", "none"] = "standard"
     """Feature scaling, fitted on the training samples only."""
     augment: AugmentConfig = AugmentConfig()
+    missing: MissingConfig = MissingConfig()
+    """What is removed from the training samples (modality dropout); validation and test samples stay whole."""
     read_threads: int = 2
     """Threads that prepare batches ahead of the training step."""
 
@@ -216,6 +298,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How predictions are scored."""
+
+    metrics: MetricSet = "auto"
+    """auto: by the kind of task; mosi, sims, mmsa_classification: MMSA's; omics: accuracy with F1 and AUC or F1s."""
+    thresholds: tuple[float, ...] = (0.5,)
+    """Probabilities above which a label counts as predicted (multilabel): one for all labels, or one for each."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything that determines a run."""
 
@@ -227,6 +319,7 @@ class ExperimentConfig:
     pipeline: PipelineConfig = PipelineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     paper: str = ""
     """What a publication reports for this experiment, for people to compare with; nothing reads it."""
 
@@ -258,3 +351,5 @@ class SweepConfig:
     """all: every row is a cross-validation over the folds of the data."""
     metrics: tuple[str, ...] = ()
     """Columns of the Markdown table; empty: all metrics of the task."""
+    missing: tuple[MissingConfig, ...] = ()
+    """Missing data at which the test split is scored as well, after training."""

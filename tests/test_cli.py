@@ -158,6 +158,9 @@ def test_eval_prints_the_metrics_of_the_run(call, tiny_run):
     expected = "  ".join(f"{name} {value:.4f}" for name, value in tiny_run.metrics["test"].items())
     assert (code, out, err) == (0, f"test: {expected}\n", "")
     assert call("eval", tiny_run.run_dir, "--split", "valid", "--checkpoint", "last")[1].startswith("valid: loss ")
+    missing = ("--missing.kind", "step", "--missing.rate", "0.7")
+    first = call("eval", tiny_run.run_dir, *missing)
+    assert first[0] == 0 and first[1] != out and first == call("eval", tiny_run.run_dir, *missing)
 
 
 def test_predict_writes_csv_and_jsonl(call, tiny_run, tmp_path):
@@ -262,6 +265,7 @@ def test_mistakes_that_show_when_the_experiment_is_built(fails, config_file, tmp
 
 def test_wrong_folders_and_inputs(fails, tiny_run, tmp_path):
     assert "expected the folder of a run" in fails("eval", tmp_path)
+    assert "missing.kind is none" in fails("eval", tiny_run.run_dir, "--missing.rate", "0.5")
     assert "expected an .npz file or a folder" in fails("predict", tiny_run.run_dir, tmp_path)
     assert "ends in .csv or .jsonl" in fails("predict", tiny_run.run_dir, tmp_path, "--output", "p.xlsx")
     np.savez(tmp_path / "bad.npz", cue=np.ones((8, 1)), symbols=np.full((8, 2), np.nan))

@@ -85,7 +85,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
-    loop.check_monitor(config.train.monitor, info.task)
+    loop.check_monitor(config.train.monitor, info.task, config.evaluation)
     pipeline = Pipeline(splits, config.pipeline, seed=config.train.seed)
     model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
     graphdef, params = state.split_model(model)
@@ -102,7 +102,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     )
     gradient_transformation = optimizer.make_optimizer(config.optimizer, schedule)
     loss_sum = make_loss_sum(info.task, config.train)
-    evaluate = Evaluator(predict, loss_sum, info.task)
+    evaluate = Evaluator(predict, loss_sum, info.task, config.evaluation)
     train_state = state.init_state(params, gradient_transformation, seed=config.train.seed)
     position = checkpoint.Position()
     batches: Any = pipeline.train()  # A grain iterator, whose state can be read and set.
@@ -186,7 +186,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
         DataError: the data is not as expected.
     """
     if config.data is None:
-        raise UserError("config.data is None: set it to WatchConfig, SyntheticConfig or NpzConfig, or pass splits")
+        raise UserError("config.data is None: set it to a data set such as NpzConfig, or pass splits")
     return data.load(config.data)
 
 

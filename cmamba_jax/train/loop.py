@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from cmamba_jax.batch import Batch
-from cmamba_jax.config import TaskConfig, TrainConfig
+from cmamba_jax.config import EvaluationConfig, TaskConfig, TrainConfig
 from cmamba_jax.errors import UserError
-from cmamba_jax.metrics import METRICS, TASK_METRICS
+from cmamba_jax.metrics import METRICS, metric_names
 from cmamba_jax.train.checkpoint import Checkpoints, Position
 from cmamba_jax.train.state import Params, StepMetrics, TrainState, parameter_names
 from cmamba_jax.train.writers import MetricWriter, Progress
@@ -33,15 +33,13 @@ class NonFiniteError(UserError):
     """The loss or the gradient became infinite or not a number."""
 
 
-def check_monitor(name: str, task: TaskConfig) -> None:
+def check_monitor(name: str, task: TaskConfig, evaluation: EvaluationConfig) -> None:
     """Makes sure that a validation metric of this name will exist.
 
     Raises:
         UserError: it will not; lists those that will.
     """
-    known = ["loss", *TASK_METRICS[task.kind]]
-    if "auc" in known and task.n_outputs != 2:
-        known.remove("auc")
+    known = ["loss", *metric_names(task, evaluation)]
     if name not in known:
         raise UserError(f"train.monitor: unknown metric {name!r}; expected one of {', '.join(known)} ({task.kind})")
 

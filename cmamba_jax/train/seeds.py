@@ -143,7 +143,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
-    loop.check_monitor(config.train.monitor, info.task)
+    loop.check_monitor(config.train.monitor, info.task, config.evaluation)
     pipeline = Pipeline(splits, config.pipeline, seed=seeds[0])
     models = [CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(s)) for s in seeds]
     graphdef = state.split_model(models[0])[0]
@@ -154,7 +154,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     )
     transformation = optimizer.make_optimizer(config.optimizer, schedule)
     loss_sum = make_loss_sum(info.task, config.train)
-    evaluate = Evaluator(predict, loss_sum, info.task)
+    evaluate = Evaluator(predict, loss_sum, info.task, config.evaluation)
     singles = [
         state.init_state(state.split_model(model)[1], transformation, seed=seed)
         for model, seed in zip(models, seeds, strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 import cmamba_jax
-from cmamba_jax.config import ExperimentConfig, SweepConfig, SweepRow
+from cmamba_jax.config import ExperimentConfig, MissingConfig, SweepConfig, SweepRow
 from cmamba_jax.config_json import check, to_dict
 from cmamba_jax.data import DataInfo
 from cmamba_jax.errors import UserError
@@ -24,10 +24,10 @@ from cmamba_jax.models.size import abstract_params, count, match_width
 from cmamba_jax.train import runs
 from cmamba_jax.train.crossval import cross_validate
 from cmamba_jax.train.experiment import fit, load_splits
-from cmamba_jax.train.seeds import fit_seeds
+from cmamba_jax.train.inference import load_run
+from cmamba_jax.train.report import SHARES
+from cmamba_jax.train.seeds import fit_seeds, statistics
 
-SHARES = {"accuracy", "weighted_f1", "macro_f1", "micro_f1", "auc"}
-"""Metrics that the Markdown table shows in percent."""
 _VOLATILE = ("output", "run_dir", "resume", "progress")
 
 
@@ -92,7 +92,8 @@ def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str],
 
     A row in sweep.json: "label", "changes", "paper"; "d_model" and "parameters"; "runs", how many seeds or folds the
     mean is over; "test" and "std", mean and standard deviation of the test metrics; "valid", mean validation metrics
-    (not of cross-validations); "test_chosen", see `SeedsResult`; "seconds"; "settings", the whole configuration.
+    (not of cross-validations); "test_chosen", see `SeedsResult`; "missing", scores with missing data; "seconds";
+    "settings", the whole configuration.
 
     Args:
         sweep: base and rows.
@@ -143,6 +144,7 @@ def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str],
                 "d_model": config.model.d_model,
                 "parameters": parameters,
                 **_run(config, sweep.folds),
+                "missing": _score_missing(own, sweep.missing),
                 "settings": _settings(config),
             }
         done[row.label]["paper"] = row.paper
@@ -190,6 +192,23 @@ def _run(config: ExperimentConfig, folds: str) -> dict[str, Any]:
         result = fit(config)
         values = {"runs": 1, "test": result.metrics["test"], "valid": result.metrics["valid"], "std": {}}
     return values | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _score_missing(folder: pathlib.Path, kinds: Sequence[MissingConfig]) -> list[dict[str, Any]]:
+    """Test metrics with part of the data missing, mean and deviation over the runs of a row."""
+    if not kinds:
+        return []
+    found = [path.parent for path in sorted(folder.rglob("config.json")) if (path.parent / "report").exists()]
+    scores = []
+    for run_dir in found:
+        run = load_run(run_dir)
+        splits = load_splits(run.config)
+        scores.append([run.evaluate("test", splits, missing=missing).metrics for missing in kinds])
+    pairs = (statistics(own) for own in zip(*scores, strict=True))
+    return [
+        {"kind": missing.kind, "rate": missing.rate, "test": mean, "std": std}
+        for missing, (mean, std) in zip(kinds, pairs, strict=True)
+    ]
 
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -243,7 +262,21 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
             cells.append(shown(about["monitor"], sum(chosen) / len(chosen)) if chosen else "")
         cells += [row["paper"]] * shows_paper
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_missing_table(rows, names[0])]) + "\n"
+
+
+def _missing_table(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """One column for each kind and rate of missing data; nothing where none was scored."""
+    rows = [row for row in rows if row.get("missing")]
+    if not rows:
+        return []
+    heads = [f"{score['kind']} {score['rate']:g}" for score in rows[0]["missing"]]
+    lines = ["", f"Test {name.replace('_', ' ')} with missing data, kind and rate:", ""]
+    lines += ["|  | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        cells = [shown(name, score["test"][name], score["std"][name]) for score in row["missing"]]
+        lines.append("| " + " | ".join([row["label"], *cells]) + " |")
+    return lines
 
 
 def shown(name: str, value: float, std: float | None = None) -> str:
