@@ -10,5 +10,6 @@ def config() -> ExperimentConfig:
         data=MmImdbConfig(),
         model=ModelConfig(dropout=0.3),
         pipeline=PipelineConfig(batch_size=128),
-        train=TrainConfig(epochs=50, monitor="micro_f1", patience=8),
+        train=TrainConfig(epochs=50, monitor="micro_f1", patience=8, seeds=(1111, 1112, 1113, 1114, 1115)),
+        paper="Table 6, micro / macro F1: 62.41 / 52.58",
     )

@@ -12,7 +12,7 @@ from cmamba_jax.config import (
 
 
 def config() -> ExperimentConfig:
-    """One step, as in the published code. BRCA has the same layout: point `--data.path` to its folder."""
+    """One step, as in the published code."""
     return ExperimentConfig(
         name="rosmap",
         data=OmicsConfig(),
@@ -22,4 +22,5 @@ def config() -> ExperimentConfig:
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, weight_decay=0.05, schedule="cosine"),
         train=TrainConfig(epochs=60, monitor="loss"),
         evaluation=EvaluationConfig(metrics="omics"),
+        paper="not in the paper",
     )

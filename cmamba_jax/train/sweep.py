@@ -28,6 +28,21 @@ from cmamba_jax.train.inference import load_run
 from cmamba_jax.train.report import SHARES
 from cmamba_jax.train.seeds import fit_seeds, statistics
 
+FUSIONS = (
+    SweepRow("Coupled, shared"),
+    SweepRow("Coupled, full", (("model.coupling", "full"),)),
+    SweepRow("Layer coupling of the published code", (("model.coupling", "released"),)),
+    SweepRow("Mamba, no coupling", (("model.coupling", "independent"),)),
+    SweepRow("Average, one Mamba", (("model.coupling", "independent"), ("model.early_fusion", "average"))),
+    SweepRow("Concatenation, one Mamba", (("model.coupling", "independent"), ("model.early_fusion", "concat"))),
+    SweepRow("Average, no layers", (("model.n_layers", 0), ("model.fusion", "mean"))),
+    SweepRow("Concatenation, no layers", (("model.n_layers", 0), ("model.fusion", "concat"))),
+    SweepRow("Cross-attention", (("model.coupling", "cross_attention"),)),
+)
+"""The couplings, and the baselines of the paper's Tables 8 and 11, which does not say where it averages and
+concatenates: before one Mamba or, without any layer, before the head."""
+MISSING_CURVES = tuple(MissingConfig(kind, rate) for kind in ("modality", "element") for rate in (0.1, 0.3, 0.5, 0.7))
+"""Whole modalities, and single numbers as in the paper's Table 12, missing at test."""
 _VOLATILE = ("output", "run_dir", "resume", "progress")
 
 
