@@ -9,7 +9,7 @@ CONFIGS = pathlib.Path(__file__).parents[1]
 
 
 def config() -> SweepConfig:
-    """Elements missing at test, as in the paper; its baselines there dropped whole modalities, which is another thing."""
+    """Elements missing at test, as in the paper; its baselines dropped whole modalities, which is another thing."""
     rates = tuple(MissingConfig("element", rate / 10) for rate in range(8))
     paper = (
         "Acc-2 / F1 at rates 0 to .7: 85.5 / 85.6, 82.6 / 82.7, 81.1 / 80.9, 81.0 / 81.0, 78.4 / 78.5, 77.4 / 77.7, "

@@ -10,7 +10,7 @@ CONFIGS = pathlib.Path(__file__).parents[1]
 
 
 def config() -> SweepConfig:
-    """Equal numbers of parameters; the settings are those of configs/watch.py, which were chosen for the coupled model."""
+    """Equal numbers of parameters; settings of configs/watch.py, which were chosen for the coupled model."""
     return SweepConfig(
         "watch_fusion",
         load_config(CONFIGS / "watch.py"),
