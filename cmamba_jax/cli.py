@@ -116,6 +116,7 @@ def _crossval(words: list[str]) -> None:
 
 
 def _sweep(words: list[str]) -> None:
+    command = " ".join(["cmamba sweep", *words])
     path, words = _config_path("sweep", words)
     grid, folds, widths = [], [], []
     while words and words[0].split("=")[0] in ("--grid", "--folds", "--widths"):
@@ -134,14 +135,14 @@ def _sweep(words: list[str]) -> None:
     if grid:
         plan = dataclasses.replace(plan, rows=sweep.grid(dict(map(_grid_values, grid))))
     elif not plan.rows:
-        raise UserError(f"{path} has no rows; give fields to vary, such as `--grid model.coupling=shared,full`")
+        raise UserError(f"{path} has no rows: give fields to vary, such as `--grid model.coupling=shared,full`")
     plan = dataclasses.replace(
         plan,
         folds=folds[-1] if folds else plan.folds,
         widths=widths[-1] if widths else plan.widths,
         base=_override("sweep", path, plan.base, words),
     )
-    result = sweep.run_sweep(plan, command=" ".join(["cmamba sweep", *sys.argv[2:]]))
+    result = sweep.run_sweep(plan, command=command)
     print(result.table, end="")
     print(f"written to {result.folder}/table.md and table.csv")
 

@@ -21,7 +21,7 @@ def config() -> SweepConfig:
     base = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, n_layers=2),
-        pipeline=dataclasses.replace(base.pipeline, augment=AugmentConfig(jitter=8.0)),
+        pipeline=dataclasses.replace(base.pipeline, eval_batch_size=16, augment=AugmentConfig(jitter=8.0)),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=2e-3),
         train=dataclasses.replace(
             base.train, epochs=15, monitor="loss", seeds=(1111, 1112, 1113, 1114, 1115), track_test=True

@@ -16,6 +16,7 @@ def config() -> SweepConfig:
     base = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, n_layers=2),
+        pipeline=dataclasses.replace(base.pipeline, eval_batch_size=64),
         train=dataclasses.replace(base.train, seeds=tuple(range(1111, 1121))),
     )
     return SweepConfig("rosmap_fusion", base, FUSIONS, widths="equal_parameters", metrics=("accuracy", "f1", "auc"))

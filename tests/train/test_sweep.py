@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from cmamba_jax.config import ExperimentConfig, SweepConfig, SweepRow
+from cmamba_jax.config import ExperimentConfig, MissingConfig, SweepConfig, SweepRow
 from cmamba_jax.errors import UserError
 from cmamba_jax.train import results, sweep
 from cmamba_jax.train.experiment import RunResult
@@ -114,6 +114,19 @@ def test_changes_that_do_not_fit(changes, message):
 def test_labels_have_to_differ(plan, fits):
     with pytest.raises(UserError, match="different labels"):
         run(dataclasses.replace(plan, rows=(SweepRow("A b"), SweepRow("a-b"))))
+
+
+def test_scores_with_missing_data_are_means_over_the_runs_of_a_row(tiny_run):
+    kinds = (MissingConfig("element", 0.0), MissingConfig("modality", 0.9))
+    whole, part = sweep._score_missing(tiny_run.run_dir.parent, kinds)
+    assert (whole["kind"], whole["rate"], part["kind"], part["rate"]) == ("element", 0.0, "modality", 0.9)
+    assert whole["test"] == pytest.approx(tiny_run.metrics["test"])
+    assert part["test"]["loss"] != whole["test"]["loss"]
+    row = {"label": "Coupled", "missing": [whole, part]}
+    table = sweep._missing_table([row, {"label": "old", "missing": []}], "accuracy")
+    shares = [f"{100 * score['test']['accuracy']:.1f}" for score in (whole, part)]
+    assert table[-3] == "|  | element 0 | modality 0.9 |"
+    assert table[-1] == f"| Coupled | {shares[0]} | {shares[1]} |"
 
 
 def test_results_list_what_was_run_and_what_was_not(plan, fits, tmp_path):
