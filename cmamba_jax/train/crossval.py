@@ -85,7 +85,7 @@ def cross_validate(config: ExperimentConfig, *, message: Callable[[str], None] =
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
     """What has to be the same when a cross-validation is continued."""
     values = to_dict(config)
-    del values["data"]["fold"]
+    del values["data"]["fold"], values["paper"]
     for name in ("output", "run_dir", "resume", "progress"):
         del values["train"][name]
     return values
