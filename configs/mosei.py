@@ -21,6 +21,6 @@ def config() -> ExperimentConfig:
         data=MmsaConfig(dataset="mosei"),
         pipeline=PipelineConfig(batch_size=1024),
         optimizer=OptimizerConfig(clip_norm=None),
-        train=TrainConfig(epochs=150, loss="l1"),
+        train=TrainConfig(epochs=150),
         evaluation=EvaluationConfig(metrics="mosi"),
     )
