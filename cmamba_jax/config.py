@@ -204,6 +204,9 @@ class AugmentConfig:
     """Largest angle in degrees of a random rotation of three-axis modalities (the same for all of a sample)."""
     time_warp: float = 0.0
     """Standard deviation of a random log speed."""
+    swap: float = 0.0
+    """Probability that a step of a modality shows the features of a random step of the same sample: keeps a model from
+    trusting single steps, where features know the training labels."""
     mirror: tuple[float, ...] = ()
     """Signs (1 or -1) of all features, modality after modality, in a mirror image: half of the samples take it."""
 

@@ -211,7 +211,8 @@ def _multilabel(predicted: Bool[np.ndarray, "n K"], true: Bool[np.ndarray, "n K"
 
 def _mosi(predicted: Float[np.ndarray, " n"], true: Float[np.ndarray, " n"]) -> dict[str, float]:
     def rounded_accuracy(bound: int) -> float:
-        return np.mean(np.round(np.clip(predicted, -bound, bound)) == np.round(np.clip(true, -bound, bound)))
+        same = np.round(np.clip(predicted, -bound, bound)) == np.round(np.clip(true, -bound, bound))
+        return float(np.mean(same))
 
     non0 = true != 0
     return {
@@ -229,9 +230,10 @@ def _sims(predicted: Float[np.ndarray, " n"], true: Float[np.ndarray, " n"]) -> 
         name: [np.digitize(x, np.asarray(edges, np.float32), right=True) for x in (true, predicted)]
         for name, edges in _SIMS_EDGES.items()
     }
+    true2, predicted2 = classes["acc2"]
     return {
-        **{name: np.mean(a == b) for name, (a, b) in classes.items()},
-        "weighted_f1": _f1(*classes["acc2"], "weighted"),
+        **{name: float(np.mean(a == b)) for name, (a, b) in classes.items()},
+        "weighted_f1": _f1(true2, predicted2, "weighted"),
         **_errors(predicted.astype(np.float64), true.astype(np.float64)),
     }
 

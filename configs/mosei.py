@@ -20,7 +20,7 @@ def config() -> ExperimentConfig:
         data=MmsaConfig(dataset="mosei"),
         pipeline=PipelineConfig(batch_size=1024),
         optimizer=OptimizerConfig(clip_norm=None),
-        train=TrainConfig(epochs=150, loss="l1", seeds=(1111, 1112, 1113, 1114, 1115)),
+        train=TrainConfig(epochs=150, seeds=(1111, 1112, 1113, 1114, 1115)),
         evaluation=EvaluationConfig(metrics="mosi"),
         paper="Table 1, MAE / Corr / Acc-2 / F1: .547 / .756 / 85.6 / 85.5; aligned .547 / .758 / 85.7 / 85.6",
     )

@@ -17,7 +17,7 @@ def config() -> ExperimentConfig:
         data=MmsaConfig(dataset="mosi"),
         pipeline=PipelineConfig(batch_size=128),
         optimizer=OptimizerConfig(clip_norm=None),
-        train=TrainConfig(epochs=150, loss="l1", seeds=(1111, 1112, 1113, 1114, 1115)),
+        train=TrainConfig(epochs=150, seeds=(1111, 1112, 1113, 1114, 1115)),
         evaluation=EvaluationConfig(metrics="mosi"),
         paper="Table 13 is for classification, see configs/mosi_classification.py; no regression result",
     )

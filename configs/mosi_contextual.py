@@ -12,7 +12,7 @@ from cmamba_jax.config import (
 
 
 def config() -> ExperimentConfig:
-    """Whole videos, read in both directions; the text features were fitted on the training labels, so it is noisy."""
+    """Whole videos, read in both directions; strongly regularised, since the features know the training labels."""
     return ExperimentConfig(
         name="mosi_contextual",
         data=MosiContextualConfig(),

@@ -17,7 +17,7 @@ def config() -> ExperimentConfig:
         data=MmsaConfig(dataset="sims"),
         pipeline=PipelineConfig(batch_size=128),
         optimizer=OptimizerConfig(clip_norm=None),
-        train=TrainConfig(epochs=150, loss="l1", seeds=(1111, 1112, 1113, 1114, 1115)),
+        train=TrainConfig(epochs=150, seeds=(1111, 1112, 1113, 1114, 1115)),
         evaluation=EvaluationConfig(metrics="sims"),
         paper="Table 2, Acc-2 / Acc-3 / Acc-5 / F1 / MAE: 81.8 / 68.7 / 42.1 / 81.3 / .409",
     )

@@ -17,7 +17,7 @@ def config() -> ExperimentConfig:
         data=MmsaConfig(dataset="simsv2"),
         pipeline=PipelineConfig(batch_size=256),
         optimizer=OptimizerConfig(clip_norm=None),
-        train=TrainConfig(epochs=150, loss="l1", seeds=(1111, 1112, 1113, 1114, 1115)),
+        train=TrainConfig(epochs=150, seeds=(1111, 1112, 1113, 1114, 1115)),
         evaluation=EvaluationConfig(metrics="sims"),
         paper="Table 7, Acc-2 / Acc-3 / Acc-5 / F1 / MAE / Corr: 83.4 / 75.0 / 55.1 / 83.5 / 28.7 / 75.8",
     )

@@ -4,9 +4,10 @@ Three kinds, whose scores cannot be compared with each other:
 
 - "element": every number of every modality is zero with probability `rate`. This is what Table 12 of the Coupled Mamba
   paper does: most of each feature vector is still there.
-- "modality": every modality of a sample is gone as a whole with probability `rate`, but for one that always stays.
-  This is what papers on missing modalities mean.
-- "step": every time step of every modality is gone with probability `rate`, as in MMSA (TFR-Net).
+- "modality": every modality of a sample is gone as a whole with probability `rate`, but for one that always stays:
+  of M modalities, a share rate - rate^M / M of each is gone. This is what papers on missing modalities mean.
+- "step": every time step of every modality is gone with probability `rate`, as in MMSA (TFR-Net). MMSA removes words
+  before BERT (they become the token UNK; the first and the last stay); here the features of the steps are removed.
 """
 
 from collections.abc import Mapping

@@ -42,7 +42,7 @@ def load(config: MmImdbConfig) -> Splits:
     builder = records.prepared_from(
         CmambaMmImdb, [path], functools.partial(read, path), name="mmimdb", data_dir=config.data_dir
     )
-    first = records.Records(builder, "train", lambda record: record)[0]  # pyrefly: ignore[bad-argument-type]
+    first = records.Records(builder, "train", lambda record: record)[0]
     widths = {name: first[name].shape[1] for name in KEYS}
     records.check_steps(config.n_steps, widths)
 

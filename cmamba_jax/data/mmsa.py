@@ -60,7 +60,7 @@ def load(config: MmsaConfig) -> Splits:
         name=f"{config.dataset}_{config.counts}",
         data_dir=config.data_dir,
     )
-    first = records.Records(builder, "train", lambda record: record)[0]  # pyrefly: ignore[bad-argument-type]
+    first = records.Records(builder, "train", lambda record: record)[0]
     padded = dict(zip(MODALITIES, first["padded"].tolist(), strict=True))
     length = padded["text"] if config.length is None else config.length
     if length < 1:

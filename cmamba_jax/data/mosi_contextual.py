@@ -2,6 +2,10 @@
 
 The features of each utterance (text 100, audio 73, video 100) come from the CSV files of
 declare-lab/multimodal-deep-learning; a manifest gives the video and the place of every row.
+
+The text and video features of the training videos carry their labels: logistic regression on the text classifies
+99.3% of the utterances of held-out training videos (this module's validation split, seed 0) and 75.5% of the test set,
+on the video features 92.9% and 52.1%. Validation scores therefore say little about the test set.
 """
 
 import csv

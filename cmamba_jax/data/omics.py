@@ -33,7 +33,8 @@ def load(config: OmicsConfig) -> Splits:
     """Opens the patients, preparing them in ``config.data_dir`` on the first use.
 
     The test set is that of the files. The validation set is a share of the training rows, stratified by class and
-    drawn by ``config.split_seed``. Each feature is scaled to 0..1 over the rows that are left to train on.
+    drawn by ``config.split_seed``. Each feature is scaled to 0..1 over the rows that are left to train on, whatever
+    ``pipeline.normalize`` adds; files for `cmamba predict` have to be scaled in the same way.
 
     Args:
         config: folder of the files, steps, share and seed of the validation rows.
@@ -53,7 +54,7 @@ def load(config: OmicsConfig) -> Splits:
         name="omics",
         data_dir=config.data_dir,
     )
-    source = records.Records(builder, "train", lambda record: record)  # pyrefly: ignore[bad-argument-type]
+    source = records.Records(builder, "train", lambda record: record)
     rows = [source[i] for i in range(len(source))]
     labels = np.array([row["label"] for row in rows])
     train, valid = _holdout(labels, config)

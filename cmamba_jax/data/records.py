@@ -11,19 +11,19 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import absl.logging
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cmamba_jax.data.checks import DataError
-from cmamba_jax.data.dataset import Sample
 
 Record = dict[str, Any]
 """One sample as it is stored: an array [L, F] for each modality, ``label``, ``id`` and what else a builder declares."""
 
 _Builder = TypeVar("_Builder", bound=tfds.core.DatasetBuilder)
+_Made = TypeVar("_Made")
 
 _HASHED_WHOLE = 256 * 2**20
 _BLOCK, _BLOCKS = 2**20, 64
@@ -73,21 +73,21 @@ class SequenceBuilder(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(records)
 
 
-class Records:
-    """Samples made of the prepared records of one split when they are indexed.
+class Records(Generic[_Made]):
+    """What is made of the prepared records of one split when they are indexed: samples, or the records themselves.
 
     Args:
         builder: with its records prepared.
         split: name of the TFDS split.
-        make: turns a record into a sample; texts have been decoded.
-        rows: indices of the records that belong to these samples; None: all.
+        make: turns a record, whose texts have been decoded, into what is wanted.
+        rows: indices of the records that belong to them; None: all.
     """
 
     def __init__(
         self,
         builder: tfds.core.DatasetBuilder,
         split: str,
-        make: Callable[[Record], Sample],
+        make: Callable[[Record], _Made],
         rows: Sequence[int] | np.ndarray | None = None,
     ):
         self._source = builder.as_data_source(split=split)
@@ -97,7 +97,7 @@ class Records:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> _Made:
         record = self._source[self._rows[index]]
         return self._make({k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()})
 

@@ -47,15 +47,15 @@ class SeedsResult:
         runs: result of each seed, in the order of `train.seeds`.
         mean: mean over the seeds of each metric, for the splits "valid" and "test".
         std: standard deviation over the seeds (n - 1 in the denominator; 0 for one seed).
-        test_chosen: with `train.track_test`, of each seed the monitored metric on the test split at the epoch where it
-            is best there: an optimistic number that chooses on the test set.
+        test_chosen: with `train.track_test`, for each metric its value in every seed at the epoch where it is best on
+            the test split: optimistic numbers, which choose on the test set.
     """
 
     run_dir: pathlib.Path
     runs: list[RunResult]
     mean: dict[str, Metrics]
     std: dict[str, Metrics]
-    test_chosen: list[float] = dataclasses.field(default_factory=list)
+    test_chosen: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 def statistics(rows: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
@@ -377,12 +377,12 @@ def _summary(folder: pathlib.Path, config: TrainConfig, results: list[RunResult]
     splits = {split: statistics([r.metrics[split] for r in results]) for split in ("valid", "test")}
     mean, std = ({split: pair[k] for split, pair in splits.items()} for k in (0, 1))
     values = {"seeds": list(config.seeds), "runs": [r.metrics for r in results], "mean": mean, "std": std}
-    chosen: list[float] = []
+    chosen: dict[str, list[float]] = {}
     if config.track_test:
-        extreme = min if METRICS[config.monitor] == "min" else max
-        for result in results:
-            tested = [record for record in read_history(result.run_dir) if record["split"] == "test"]
-            chosen.append(extreme(record[config.monitor] for record in tested))
-        values["test_chosen"] = {config.monitor: chosen}
+        tested = [[r for r in read_history(result.run_dir) if r["split"] == "test"] for result in results]
+        for name in mean["test"]:
+            extreme = min if METRICS[name] == "min" else max
+            chosen[name] = [extreme(record[name] for record in records) for records in tested]
+        values["test_chosen"] = chosen
     runs.write_json(folder / "seeds.json", values)
     return SeedsResult(folder, results, mean, std, chosen)

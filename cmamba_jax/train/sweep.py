@@ -266,15 +266,15 @@ def markdown(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     shows_chosen = any(row.get("test_chosen") for row in rows)
     shows_paper = any(row["paper"] for row in rows)
     heads += [f"validation {about['monitor']}"] * shows_valid
-    heads += [f"{about['monitor']}, epoch chosen on test"] * shows_chosen + ["paper"] * shows_paper
+    heads += [f"{heads[2]}, epoch chosen on test"] * shows_chosen + ["paper"] * shows_paper
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [row["label"], f"{row['parameters']:,}"]
         cells += [shown(name, row["test"][name], row["std"].get(name)) for name in names]
         cells += [shown(about["monitor"], row["valid"][about["monitor"]])] if shows_valid else []
         if shows_chosen:
-            chosen = row["test_chosen"]
-            cells.append(shown(about["monitor"], sum(chosen) / len(chosen)) if chosen else "")
+            chosen = row["test_chosen"].get(names[0], [])
+            cells.append(shown(names[0], sum(chosen) / len(chosen)) if chosen else "")
         cells += [row["paper"]] * shows_paper
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *_missing_table(rows, names[0])]) + "\n"

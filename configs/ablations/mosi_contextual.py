@@ -13,15 +13,16 @@ CONFIGS = pathlib.Path(__file__).parents[1]
 def config() -> SweepConfig:
     """Equal numbers of parameters, five seeds, two layers (the layer coupling acts between two).
 
-    The text features were fitted on the training labels: a linear model gets 98% on the training and validation videos
-    and 76% on test. With noise of 8 standard deviations on every feature it gets 80% in training too; only then does
-    it pay to read the neighbouring utterances. The noise was set so, and no setting was chosen on test data.
+    Text and video features of the training videos, the validation videos among them, know the labels: validation can
+    choose little. So the training samples were made worse by what is known of them: noise of 4 standard deviations
+    brings a linear model on the video features from 92% to 64%, and half of the utterances show the features of another
+    one of the video, as wrong as test text is. Only then does it pay to read the neighbouring utterances.
     """
     base = load_config(CONFIGS / "mosi_contextual.py")
     base = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, n_layers=2),
-        pipeline=dataclasses.replace(base.pipeline, eval_batch_size=16, augment=AugmentConfig(jitter=8.0)),
+        pipeline=dataclasses.replace(base.pipeline, eval_batch_size=16, augment=AugmentConfig(jitter=4.0, swap=0.5)),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=2e-3),
         train=dataclasses.replace(
             base.train, epochs=15, monitor="loss", seeds=(1111, 1112, 1113, 1114, 1115), track_test=True

@@ -2,11 +2,16 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from cmamba_jax.config import ModelConfig
 from cmamba_jax.data.resample import frame_slots, resample
 from cmamba_jax.errors import UserError
+from cmamba_jax.models.encoders import Encoder
 
 SIZES = [(500, 50), (375, 50), (400, 39), (55, 39), (50, 50), (20, 50), (1, 3), (7, 1)]
 
@@ -70,6 +75,26 @@ def test_frames_hold_every_step_in_its_order(n_steps, length):
     steps = out.reshape(-1, 3)
     changed = np.append(True, (np.diff(steps, axis=0) != 0).any(axis=1))
     np.testing.assert_array_equal(steps[changed], values)
+
+
+@pytest.mark.parametrize(("encoder", "taps"), [("linear", 1), ("conv", 2)])
+def test_an_encoder_of_frames_is_a_strided_convolution(encoder, taps):
+    length, stride, width = 6, 4, 3
+    config = ModelConfig(d_model=5, encoder=encoder, encoder_width=taps)
+    model = Encoder(config, stride * width, rngs=nnx.Rngs(0))
+    values = make(length * stride, width)
+    frames = jnp.asarray(resample(values, length, "frames")[0])[None]
+    out, _ = model(frames, mask=None, reset=None, window=model.init_state(1))
+    kernel = model.kernel[...].reshape(taps * stride, width, 5)
+    expected = jax.lax.conv_general_dilated(
+        jnp.asarray(values)[None],
+        kernel,
+        window_strides=[stride],
+        padding=[((taps - 1) * stride, 0)],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+    expected = expected + model.bias[...]
+    np.testing.assert_allclose(out, jax.nn.silu(expected) if encoder == "conv" else expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def fits(monkeypatch):
         metrics = {"loss": 0.5, "accuracy": 0.8125}
         run = RunResult(folder, {"test": metrics, "valid": metrics}, folder)
         mean, std = {"test": metrics, "valid": metrics}, {"test": {"loss": 0.25, "accuracy": 0.03}, "valid": metrics}
-        return SeedsResult(folder, [run, run], mean, std, [0.84, 0.86] if config.train.track_test else [])
+        return SeedsResult(folder, [run, run], mean, std, {"accuracy": [0.84, 0.86]} if config.train.track_test else {})
 
     monkeypatch.setattr(sweep, "fit_seeds", fit_seeds)
     return calls, fail
@@ -138,6 +138,6 @@ def test_results_list_what_was_run_and_what_was_not(plan, fits, tmp_path):
     assert results.write_results(tmp_path, configs, tmp_path / "RESULTS.md") == (1, 2)
     run_here, not_run = (tmp_path / "RESULTS.md").read_text().split("## Not run here")
     assert "### table" in run_here and "`cmamba sweep x.py`; 2 seeds a row" in run_here
-    assert "| loss, epoch chosen on test | paper |" in run_here and "| 0.850 | 81.8 |" in run_here
+    assert "| accuracy, epoch chosen on test | paper |" in run_here and "| 85.0 | 81.8 |" in run_here
     assert "| `configs/b.py` | d_state 64: 85.6 |" in not_run and "| `c.py` | Table 1: 85.6 |" in not_run
     assert "configs/a.py" not in not_run
