@@ -1,5 +1,6 @@
 """The command line: words into configurations and calls, nothing else."""
 
+import argparse
 import dataclasses
 import difflib
 import importlib
@@ -9,6 +10,7 @@ import re
 import runpy
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -28,7 +30,8 @@ commands:
   train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder,
                                                 --seeds 1 2 3 trains several seeds together
   crossval CONFIG [--section.field VALUE ...]   one run a fold; prints mean and standard deviation
-  sweep CONFIG [--grid FIELD=A,B ...] [...]     a table of experiments as CSV and Markdown; finished rows are kept
+  sweep CONFIG [--grid FIELD=A,B ...] [...]     a table of experiments as CSV and Markdown; finished rows are kept;
+                                                --folds all, --widths equal_parameters, --only ROW ... (some rows now)
   results [RUNS] [--configs DIR] [--output F]   RESULTS.md of all sweeps: what was run, and what was not
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test] [--missing.kind modality --missing.rate 0.3]
@@ -118,31 +121,27 @@ def _crossval(words: list[str]) -> None:
 def _sweep(words: list[str]) -> None:
     command = " ".join(["cmamba sweep", *words])
     path, words = _config_path("sweep", words)
-    grid, folds, widths = [], [], []
-    while words and words[0].split("=")[0] in ("--grid", "--folds", "--widths"):
-        name, *value = words.pop(0).split("=", 1)
-        if name == "--grid":
-            while words and not words[0].startswith("-"):
-                value.append(words.pop(0))
-            grid += value
-        else:
-            {"--folds": folds, "--widths": widths}[name].extend(value or words[:1])
-            words = words if value else words[1:]
+    parser = argparse.ArgumentParser("cmamba sweep", add_help=False, allow_abbrev=False)
+    parser.add_argument("--grid", nargs="+", default=[])
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--folds", choices=typing.get_args(typing.get_type_hints(SweepConfig)["folds"]))
+    parser.add_argument("--widths", choices=typing.get_args(typing.get_type_hints(SweepConfig)["widths"]))
+    own, words = parser.parse_known_args(words)
     from cmamba_jax.train import sweep
 
     found = load_config(path, kinds=(SweepConfig, ExperimentConfig))
     plan = found if isinstance(found, SweepConfig) else SweepConfig(name=f"{found.name}_sweep", base=found)
-    if grid:
-        plan = dataclasses.replace(plan, rows=sweep.grid(dict(map(_grid_values, grid))))
+    if own.grid:
+        plan = dataclasses.replace(plan, rows=sweep.grid(dict(map(_grid_values, own.grid))))
     elif not plan.rows:
         raise UserError(f"{path} has no rows: give fields to vary, such as `--grid model.coupling=shared,full`")
     plan = dataclasses.replace(
         plan,
-        folds=folds[-1] if folds else plan.folds,
-        widths=widths[-1] if widths else plan.widths,
+        folds=own.folds or plan.folds,
+        widths=own.widths or plan.widths,
         base=_override("sweep", path, plan.base, words),
     )
-    result = sweep.run_sweep(plan, command=command)
+    result = sweep.run_sweep(plan, only=own.only, command=command)
     print(result.table, end="")
     print(f"written to {result.folder}/table.md and table.csv")
 

@@ -34,7 +34,8 @@ def write_results(
     sweeps = [runs.read_json(path) for path in sorted(folder.rglob("sweep.json"))]
     names = {sweep["name"] for sweep in sweeps}
     missing = {path: config for path, config in sorted(configs.items()) if not _was_run(config, names)}
-    parts = [_HEAD, "## Run here\n", *map(_section, sweeps)]
+    planned = {config.name: config for config in configs.values() if isinstance(config, SweepConfig)}
+    parts = [_HEAD, "## Run here\n", *(_section(sweep, planned.get(sweep["name"])) for sweep in sweeps)]
     parts.append("## Not run here\n")
     if missing:
         parts.append("| configuration | reported by the paper (arXiv 2405.18014) |\n|---|---|")
@@ -57,7 +58,7 @@ def _paper(config: ExperimentConfig | SweepConfig) -> str:
     return "; ".join(([config.base.paper] if config.base.paper and not rows else []) + rows)
 
 
-def _section(sweep: Mapping[str, Any]) -> str:
+def _section(sweep: Mapping[str, Any], planned: SweepConfig | None) -> str:
     rows = sweep["rows"]
     facts = [f"`{sweep['command']}`"] if sweep["command"] else []
     count = sorted({row["runs"] for row in rows})
@@ -69,4 +70,8 @@ def _section(sweep: Mapping[str, Any]) -> str:
     lines = [f"### {sweep['name']}\n", "; ".join(facts) + ".\n"]
     if sweep["paper"]:
         lines.append(f"Paper: {sweep['paper']}\n")
-    return "\n".join([*lines, markdown(sweep, rows)])
+    lines.append(markdown(sweep, rows))
+    ran = {row["label"] for row in rows}
+    if left := [row.label for row in (planned.rows if planned else ()) if row.label not in ran]:
+        lines.append(f"Rows not run: {'; '.join(left)}.\n")
+    return "\n".join(lines)

@@ -266,7 +266,8 @@ def _train(
             )
             for i, m in enumerate(members)
         ]
-        mask = None if all(active) else jnp.asarray(active)
+        # Without early stopping all seeds end together. The choice holds for the run: another one would compile again.
+        mask = None if config.patience is None else jnp.asarray(active)
         pending: tuple[int, StepMetrics] | None = None
         for number in range(start + 1, start + steps_per_epoch + 1):
             group, metrics = step(group, _stacked([next(m.batches) for m in members]), mask)

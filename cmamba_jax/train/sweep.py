@@ -99,7 +99,13 @@ def _replaced(part: Any, names: list[str], value: object, path: str) -> Any:
     return dataclasses.replace(part, **{names[0]: new})
 
 
-def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str], None] = print) -> SweepResult:
+def run_sweep(
+    sweep: SweepConfig,
+    *,
+    only: Sequence[str] = (),
+    command: str = "",
+    message: Callable[[str], None] = print,
+) -> SweepResult:
     """Runs the rows that have not been run yet, one after the other, and writes the tables after each.
 
     The folder is `base.train.run_dir`, or OUTPUT/NAME. Called again, finished rows are taken from sweep.json and an
@@ -112,6 +118,7 @@ def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str],
 
     Args:
         sweep: base and rows.
+        only: folder names of the rows to run now, such as "coupled_shared"; empty: all.
         command: the command line, for the record.
         message: receives a line before each row.
 
@@ -123,6 +130,8 @@ def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str],
     slugs = [_slug(label) for label in labels]
     if not labels or len(set(slugs)) < len(slugs) or "" in slugs:
         raise UserError(f"sweep {sweep.name}: expected rows with different labels, got {labels}")
+    if unknown := set(only) - set(slugs):
+        raise UserError(f"sweep {sweep.name}: no row {', '.join(sorted(unknown))}; the rows are {', '.join(slugs)}")
     configs = _row_configs(sweep)
     train = sweep.base.train
     folder = pathlib.Path(train.run_dir or pathlib.Path(train.output) / sweep.name).expanduser()
@@ -146,6 +155,8 @@ def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str],
         "versions": f"cmamba_jax {cmamba_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
     }
     for number, (row, slug, (config, parameters)) in enumerate(zip(sweep.rows, slugs, configs, strict=True)):
+        if row.label not in done and slug not in (only or slugs):
+            continue
         if row.label not in done:
             message(f"row {number + 1}/{len(labels)}: {row.label} ({parameters:,} parameters)")
             own = folder / slug
@@ -164,7 +175,7 @@ def run_sweep(sweep: SweepConfig, *, command: str = "", message: Callable[[str],
             }
         done[row.label]["paper"] = row.paper
         _write(folder, about, [done[label] for label in labels if label in done])
-    rows = [done[label] for label in labels]
+    rows = [done[label] for label in labels if label in done]
     return SweepResult(folder, rows, markdown(about, rows))
 
 

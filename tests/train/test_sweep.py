@@ -91,6 +91,16 @@ def test_equal_parameters(plan, fits):
     assert len({row["d_model"] for row in result.rows}) > 1
 
 
+def test_some_rows_now_and_others_later(plan, fits, tmp_path):
+    result = sweep.run_sweep(plan, only=["attention"], message=lambda text: None)
+    assert [row["label"] for row in result.rows] == ["Attention"]
+    results.write_results(tmp_path, {pathlib.Path("a.py"): plan}, tmp_path / "RESULTS.md")
+    assert "Rows not run: Coupled; Mamba, no coupling." in (tmp_path / "RESULTS.md").read_text()
+    assert [row["label"] for row in run(plan).rows] == [row.label for row in plan.rows] and len(fits[0]) == 3
+    with pytest.raises(UserError, match="no row atention; the rows are coupled, mamba_no_coupling, attention"):
+        sweep.run_sweep(plan, only=["atention"])
+
+
 def test_grid_is_the_product():
     rows = sweep.grid({"model.d_state": (8, 16), "train.seed": (1, 2)})
     assert [row.changes for row in rows] == [
