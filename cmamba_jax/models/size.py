@@ -61,7 +61,7 @@ def match_width(
     """
     grain = config.n_heads if config.coupling == "cross_attention" else 1
 
-    def at(width: int, **changes: int) -> tuple[ModelConfig, int]:
+    def at(width: int, **changes: Any) -> tuple[ModelConfig, int]:
         sized = dataclasses.replace(config, d_model=width, **changes)
         return sized, count(abstract_params(sized, features, task))
 

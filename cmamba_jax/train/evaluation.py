@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cmamba_jax import metrics
@@ -78,7 +79,7 @@ class _Tally:
         self._labels: list[np.ndarray] = []
 
     def add(self, outputs: Array, batch: Batch) -> None:
-        total, count = self._loss_sum(outputs, batch)
+        total, count = self._loss_sum(jnp.asarray(outputs), batch)
         valid = np.asarray(valid_predictions(self._task, batch))
         self._logits.append(np.asarray(outputs, np.float32)[valid])
         self._labels.append(np.asarray(batch.labels)[valid])

@@ -377,7 +377,12 @@ def _save_single(member: _Member, last: TrainState, best: Params) -> None:
 def _summary(folder: pathlib.Path, config: TrainConfig, results: list[RunResult]) -> SeedsResult:
     splits = {split: statistics([r.metrics[split] for r in results]) for split in ("valid", "test")}
     mean, std = ({split: pair[k] for split, pair in splits.items()} for k in (0, 1))
-    values = {"seeds": list(config.seeds), "runs": [r.metrics for r in results], "mean": mean, "std": std}
+    values: dict[str, Any] = {
+        "seeds": list(config.seeds),
+        "runs": [r.metrics for r in results],
+        "mean": mean,
+        "std": std,
+    }
     chosen: dict[str, list[float]] = {}
     if config.track_test:
         tested = [[r for r in read_history(result.run_dir) if r["split"] == "test"] for result in results]
