@@ -52,8 +52,8 @@ def epochs(run_dir):
     return max(record["epoch"] for record in read_history(run_dir))
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_each_seed_equals_a_run_of_its_own(group, early, tmp_path, index):
+def test_a_seed_equals_a_run_of_its_own(group, early, tmp_path):
+    index = 1  # Not the seed that the group's pipeline and graph were made with.
     alone, member = fit(changed(early, tmp_path / "alone", seed=SEEDS[index])), group.runs[index]
     assert member.run_dir.name == f"seed_{SEEDS[index]}"
     for which in ("best", "last"):
