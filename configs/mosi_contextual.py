@@ -20,5 +20,4 @@ def config() -> ExperimentConfig:
         pipeline=PipelineConfig(batch_size=8, augment=AugmentConfig(jitter=0.5)),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, weight_decay=0.1, schedule="cosine"),
         train=TrainConfig(epochs=30, monitor="accuracy"),
-        paper="not in the paper",
     )

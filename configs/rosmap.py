@@ -22,5 +22,4 @@ def config() -> ExperimentConfig:
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, weight_decay=0.05, schedule="cosine"),
         train=TrainConfig(epochs=60, monitor="loss"),
         evaluation=EvaluationConfig(metrics="omics"),
-        paper="not in the paper",
     )

@@ -23,6 +23,8 @@ def write_results(
 ) -> tuple[int, int]:
     """Writes the Markdown file.
 
+    Experiments without a `paper` are not listed as missing; sweeps always are.
+
     Args:
         folder: is searched for sweep.json, at any depth.
         configs: configurations by file; those without a sweep of their name count as not run.
@@ -48,6 +50,8 @@ def write_results(
 
 def _was_run(config: ExperimentConfig | SweepConfig, names: set[str]) -> bool:
     """A sweep of this name, or one that `cmamba sweep` makes of an experiment of this name."""
+    if isinstance(config, ExperimentConfig) and not config.paper:
+        return True  # No experiment of the paper: nothing is owed.
     return config.name in names or f"{config.name}_sweep" in names
 
 

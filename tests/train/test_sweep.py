@@ -145,9 +145,10 @@ def test_results_list_what_was_run_and_what_was_not(plan, fits, tmp_path):
     other = SweepConfig("ablation", plan.base, (SweepRow("d_state 64", paper="85.6"), SweepRow("no paper")))
     single = ExperimentConfig("mosei", paper="Table 1: 85.6")
     configs = {pathlib.Path("configs/a.py"): plan, pathlib.Path("configs/b.py"): other, pathlib.Path("c.py"): single}
+    configs[pathlib.Path("own.py")] = ExperimentConfig("own")
     assert results.write_results(tmp_path, configs, tmp_path / "RESULTS.md") == (1, 2)
     run_here, not_run = (tmp_path / "RESULTS.md").read_text().split("## Not run here")
     assert "### table" in run_here and "`cmamba sweep x.py`; 2 seeds a row" in run_here
     assert "| accuracy, epoch chosen on test | paper |" in run_here and "| 85.0 | 81.8 |" in run_here
     assert "| `configs/b.py` | d_state 64: 85.6 |" in not_run and "| `c.py` | Table 1: 85.6 |" in not_run
-    assert "configs/a.py" not in not_run
+    assert "configs/a.py" not in not_run and "own.py" not in not_run
