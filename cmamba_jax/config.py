@@ -354,5 +354,7 @@ class SweepConfig:
     """all: every row is a cross-validation over the folds of the data."""
     metrics: tuple[str, ...] = ()
     """Columns of the Markdown table; empty: all metrics of the task."""
+    note: str = ""
+    """What a reader of the table should know; RESULTS.md prints it."""
     missing: tuple[MissingConfig, ...] = ()
     """Missing data at which the test split is scored as well, after training."""

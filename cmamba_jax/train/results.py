@@ -74,6 +74,8 @@ def _section(sweep: Mapping[str, Any], planned: SweepConfig | None) -> str:
     lines = [f"### {sweep['name']}\n", "; ".join(facts) + ".\n"]
     if sweep["paper"]:
         lines.append(f"Paper: {sweep['paper']}\n")
+    if planned and planned.note:
+        lines.append(f"{planned.note}\n")
     lines.append(markdown(sweep, rows))
     ran = {row["label"] for row in rows}
     if left := [row.label for row in (planned.rows if planned else ()) if row.label not in ran]:

@@ -19,4 +19,10 @@ def config() -> SweepConfig:
         pipeline=dataclasses.replace(base.pipeline, eval_batch_size=64),
         train=dataclasses.replace(base.train, seeds=tuple(range(1111, 1121))),
     )
-    return SweepConfig("rosmap_fusion", base, FUSIONS, widths="equal_parameters", metrics=("accuracy", "f1", "auc"))
+    note = (
+        "A view is one step, as in the published code: the state before it is zero, so nothing is coupled, and the "
+        "couplings of states are one model. References, accuracy / F1 / AUC: random forest 83.0 / 83.9 / 88.7, logistic "
+        "regression 81.1 / 81.8 / 90.1, on all training rows; here a fifth of them is held out for validation."
+    )
+    metrics = ("accuracy", "f1", "auc")
+    return SweepConfig("rosmap_fusion", base, FUSIONS, widths="equal_parameters", metrics=metrics, note=note)

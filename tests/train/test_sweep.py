@@ -19,7 +19,9 @@ def plan(tiny_experiment, tmp_path):
         SweepRow("Mamba, no coupling", (("model.coupling", "independent"),)),
         SweepRow("Attention", (("model.coupling", "cross_attention"), ("model.n_heads", 1))),
     )
-    return SweepConfig("table", dataclasses.replace(tiny_experiment, train=train), rows, metrics=("accuracy", "loss"))
+    return SweepConfig(
+        "table", dataclasses.replace(tiny_experiment, train=train), rows, metrics=("accuracy", "loss"), note="Tiny."
+    )
 
 
 @pytest.fixture
@@ -151,4 +153,5 @@ def test_results_list_what_was_run_and_what_was_not(plan, fits, tmp_path):
     assert "### table" in run_here and "`cmamba sweep x.py`; 2 seeds a row" in run_here
     assert "| accuracy, epoch chosen on test | paper |" in run_here and "| 85.0 | 81.8 |" in run_here
     assert "| `configs/b.py` | d_state 64: 85.6 |" in not_run and "| `c.py` | Table 1: 85.6 |" in not_run
+    assert f"\n{plan.note}\n" in run_here
     assert "configs/a.py" not in not_run and "own.py" not in not_run
