@@ -10,9 +10,15 @@ if typing.TYPE_CHECKING:
     from cmamba_jax.batch import Batch
     from cmamba_jax.config import (
         AugmentConfig,
+        EvaluationConfig,
         ExperimentConfig,
+        MissingConfig,
+        MmImdbConfig,
+        MmsaConfig,
         ModelConfig,
+        MosiContextualConfig,
         NpzConfig,
+        OmicsConfig,
         OptimizerConfig,
         PipelineConfig,
         SyntheticConfig,
@@ -23,7 +29,7 @@ if typing.TYPE_CHECKING:
     from cmamba_jax.data import Pipeline, Splits, from_arrays
     from cmamba_jax.errors import UserError
     from cmamba_jax.models import CoupledMamba
-    from cmamba_jax.train import RunResult, cross_validate, fit, load_run
+    from cmamba_jax.train import RunResult, SeedsResult, cross_validate, fit, fit_seeds, load_run
 
 __version__ = "0.1.0.dev0"
 
@@ -31,9 +37,15 @@ _HOMES = {
     "batch": ("Batch",),
     "config": (
         "AugmentConfig",
+        "EvaluationConfig",
         "ExperimentConfig",
+        "MissingConfig",
+        "MmImdbConfig",
+        "MmsaConfig",
         "ModelConfig",
+        "MosiContextualConfig",
         "NpzConfig",
+        "OmicsConfig",
         "OptimizerConfig",
         "PipelineConfig",
         "SyntheticConfig",
@@ -44,7 +56,7 @@ _HOMES = {
     "data": ("Pipeline", "Splits", "from_arrays"),
     "errors": ("UserError",),
     "models": ("CoupledMamba",),
-    "train": ("RunResult", "cross_validate", "fit", "load_run"),
+    "train": ("RunResult", "SeedsResult", "cross_validate", "fit", "fit_seeds", "load_run"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -52,13 +64,20 @@ __all__ = [
     "AugmentConfig",
     "Batch",
     "CoupledMamba",
+    "EvaluationConfig",
     "ExperimentConfig",
+    "MissingConfig",
+    "MmImdbConfig",
+    "MmsaConfig",
     "ModelConfig",
+    "MosiContextualConfig",
     "NpzConfig",
+    "OmicsConfig",
     "OptimizerConfig",
     "Pipeline",
     "PipelineConfig",
     "RunResult",
+    "SeedsResult",
     "Splits",
     "SyntheticConfig",
     "TaskConfig",
@@ -67,6 +86,7 @@ __all__ = [
     "WatchConfig",
     "cross_validate",
     "fit",
+    "fit_seeds",
     "from_arrays",
     "load_run",
 ]

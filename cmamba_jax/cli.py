@@ -1,5 +1,6 @@
 """The command line: words into configurations and calls, nothing else."""
 
+import argparse
 import dataclasses
 import difflib
 import importlib
@@ -9,13 +10,14 @@ import re
 import runpy
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import tyro
 
 import cmamba_jax.config
-from cmamba_jax.config import ExperimentConfig
+from cmamba_jax.config import ExperimentConfig, MissingConfig, SweepConfig
 from cmamba_jax.config_json import check
 from cmamba_jax.errors import UserError
 
@@ -25,10 +27,15 @@ usage: cmamba COMMAND ...
 Coupled Mamba: train, evaluate and use models that fuse modalities.
 
 commands:
-  train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder
+  train CONFIG [--section.field VALUE ...]      train, test and report; --resume continues, --run-dir names the folder,
+                                                --seeds 1 2 3 trains several seeds together
   crossval CONFIG [--section.field VALUE ...]   one run a fold; prints mean and standard deviation
+  sweep CONFIG [--grid FIELD=A,B ...] [...]     a table of experiments as CSV and Markdown; finished rows are kept;
+                                                --folds all, --widths equal_parameters, --only ROW ... (some rows now)
+  results [RUNS] [--configs DIR] [--output F]   RESULTS.md of all sweeps: what was run, and what was not
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
-  eval RUN_DIR [--split test]                   score a trained model
+  eval RUN_DIR [--split test] [--missing.kind modality --missing.rate 0.3]
+                                                score a trained model, on whole data or with part of it removed
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
   bench {scan,step,tpu-static} ...              measure the scan or the host's cost of a training step; figures of the
                                                 TPU compiler
@@ -80,8 +87,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 def _train(words: list[str]) -> None:
     config = _parse_config("train", words)
-    from cmamba_jax.train import fit
+    from cmamba_jax.train import fit, fit_seeds
 
+    if config.train.seeds:
+        group = fit_seeds(config)
+        for split, mean in group.mean.items():
+            values = "  ".join(f"{name} {value:.4f} +- {group.std[split][name]:.4f}" for name, value in mean.items())
+            print(f"{split}, {len(group.runs)} seeds, mean +- standard deviation: {values}")
+        print(f"runs: {group.run_dir}")
+        return
     result = fit(config)
     _print_metrics("test", result.metrics["test"])
     print(f"report: {result.report}")
@@ -98,7 +112,76 @@ def _crossval(words: list[str]) -> None:
     for name in result.mean:
         values = [*(fold[name] for fold in result.folds), result.mean[name], result.std[name]]
         print(f"{name:<{width}}", *(f"{value:8.4f}" for value in values))
+    if result.seed_std:
+        print(f"folds: means over {len(result.seeds[0])} seeds; standard deviation over the seeds of the mean:")
+        print("  ".join(f"{name} {value:.4f}" for name, value in result.seed_std.items()))
     print(f"written to {result.path}")
+
+
+def _sweep(words: list[str]) -> None:
+    command = " ".join(["cmamba sweep", *words])
+    path, words = _config_path("sweep", words)
+    parser = argparse.ArgumentParser("cmamba sweep", add_help=False, allow_abbrev=False)
+    parser.add_argument("--grid", nargs="+", default=[])
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--folds", choices=typing.get_args(typing.get_type_hints(SweepConfig)["folds"]))
+    parser.add_argument("--widths", choices=typing.get_args(typing.get_type_hints(SweepConfig)["widths"]))
+    own, words = parser.parse_known_args(words)
+    from cmamba_jax.train import sweep
+
+    found = load_config(path, kinds=(SweepConfig, ExperimentConfig))
+    plan = found if isinstance(found, SweepConfig) else SweepConfig(name=f"{found.name}_sweep", base=found)
+    if own.grid:
+        plan = dataclasses.replace(plan, rows=sweep.grid(dict(map(_grid_values, own.grid))))
+    elif not plan.rows:
+        raise UserError(f"{path} has no rows: give fields to vary, such as `--grid model.coupling=shared,full`")
+    plan = dataclasses.replace(
+        plan,
+        folds=own.folds or plan.folds,
+        widths=own.widths or plan.widths,
+        base=_override("sweep", path, plan.base, words),
+    )
+    result = sweep.run_sweep(plan, only=own.only, command=command)
+    print(result.table, end="")
+    print(f"written to {result.folder}/table.md and table.csv")
+
+
+def _grid_values(word: str) -> tuple[str, tuple[Any, ...]]:
+    """FIELD=A,B as the field and its values; what is no JSON is a string."""
+    name, equals, values = word.partition("=")
+    if not equals or not values:
+        raise UserError(f"--grid: expected FIELD=VALUE,VALUE such as model.d_state=16,32, got {word!r}")
+
+    def decoded(value: str) -> Any:
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
+    return name.replace("-", "_"), tuple(map(decoded, values.split(",")))
+
+
+def _results(words: list[str]) -> None:
+    def results(
+        runs: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")] = pathlib.Path("runs"),
+        /,
+        configs: pathlib.Path = pathlib.Path("configs"),
+        output: pathlib.Path = pathlib.Path("RESULTS.md"),
+    ) -> None:
+        """Write the tables of all sweeps in a folder, and the list of configurations that were not run.
+
+        Args:
+            runs: Folder that holds the sweeps, at any depth.
+            configs: Folder of the configurations.
+            output: Markdown file to write.
+        """
+        from cmamba_jax.train.results import write_results
+
+        found = {path: load_config(path, kinds=(SweepConfig, ExperimentConfig)) for path in configs.rglob("*.py")}
+        ran, missing = write_results(runs, found, output)
+        print(f"{output}: {ran} tables, {missing} configurations not run")
+
+    tyro.cli(results, args=words, prog="cmamba results")
 
 
 def _info(words: list[str]) -> None:
@@ -114,17 +197,19 @@ def _eval(words: list[str]) -> None:
         /,
         split: Literal["train", "valid", "test"] = "test",
         checkpoint: Literal["best", "last"] = "best",
+        missing: MissingConfig = MissingConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        """Score a trained model on a split of its data set.
+        """Score a trained model on a split of its data set, whole or with part of it removed.
 
         Args:
             run_dir: Folder of the run, such as runs/watch/001.
             split: Which part of the data.
             checkpoint: Which parameters.
+            missing: What is removed from the samples, such as --missing.kind modality --missing.rate 0.3.
         """
         from cmamba_jax.train import load_run
 
-        _print_metrics(split, load_run(run_dir, which=checkpoint).evaluate(split).metrics)
+        _print_metrics(split, load_run(run_dir, which=checkpoint).evaluate(split, missing=missing).metrics)
 
     tyro.cli(evaluate, args=words, prog="cmamba eval")
 
@@ -180,6 +265,8 @@ def _doctor(words: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "crossval": _crossval,
+    "sweep": _sweep,
+    "results": _results,
     "info": _info,
     "eval": _eval,
     "predict": _predict,
@@ -190,6 +277,12 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
     """The configuration of a file with the overrides of the command line."""
+    path, overrides = _config_path(command, words)
+    return _override(command, path, load_config(path), overrides)
+
+
+def _config_path(command: str, words: list[str]) -> tuple[pathlib.Path, list[str]]:
+    """The file that the words start with, and the other words."""
     if words[:1] in (["-h"], ["--help"]):
         print(_USAGE, end="")
         sys.exit(0)
@@ -198,9 +291,16 @@ def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
             f"{command} needs a CONFIG first: `cmamba {command} configs/watch.py`; "
             f"`cmamba {command} configs/watch.py --help` lists its fields"
         )
-    path, *overrides = words
-    default = load_config(pathlib.Path(path))
-    aliases = {"--resume": "--train.resume", "--run-dir": "--train.run-dir", "--run_dir": "--train.run-dir"}
+    return pathlib.Path(words[0]), words[1:]
+
+
+def _override(command: str, path: pathlib.Path, default: ExperimentConfig, overrides: list[str]) -> ExperimentConfig:
+    aliases = {
+        "--resume": "--train.resume",
+        "--run-dir": "--train.run-dir",
+        "--run_dir": "--train.run-dir",
+        "--seeds": "--train.seeds",
+    }
     overrides = [
         "=".join([aliases.get(name, name), *value]) for name, *value in (word.split("=", 1) for word in overrides)
     ]
@@ -209,12 +309,17 @@ def _parse_config(command: str, words: list[str]) -> ExperimentConfig:
         default=default,
         args=overrides,
         prog=f"cmamba {command} {path}",
-        description=f"Fields of {path}; defaults are the file's. --resume and --run-dir need no 'train.' before them.",
+        description=f"Fields of {path}; defaults are the file's. --resume, --run-dir and --seeds need no 'train.' "
+        "before them.",
     )
 
 
-def load_config(path: pathlib.Path) -> ExperimentConfig:
+def load_config(path: pathlib.Path, kinds: tuple[type, ...] = (ExperimentConfig,)) -> Any:
     """Runs the function ``config`` of a Python file.
+
+    Args:
+        path: the file.
+        kinds: what the function may return: an ExperimentConfig, or for sweeps a SweepConfig.
 
     Raises:
         UserError: there is no such file or function, it fails, or it returns something else.
@@ -230,9 +335,12 @@ def load_config(path: pathlib.Path) -> ExperimentConfig:
         raise UserError(_located(path, error)) from error
     if make is None:
         raise UserError(f"{path} has no function config(); expected `def config() -> ExperimentConfig`")
-    if not isinstance(result, ExperimentConfig):
-        raise UserError(f"{path}: config() returned {type(result).__name__}, expected an ExperimentConfig")
-    return check(result)
+    if not isinstance(result, kinds):
+        expected = " or ".join(f"a{'n' * (kind is ExperimentConfig)} {kind.__name__}" for kind in kinds)
+        hint = "; run it with `cmamba sweep`" if isinstance(result, SweepConfig) else ""
+        raise UserError(f"{path}: config() returned {type(result).__name__}, expected {expected}{hint}")
+    check(result.base if isinstance(result, SweepConfig) else result)
+    return result
 
 
 def _located(path: pathlib.Path, error: Exception) -> str:

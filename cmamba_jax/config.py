@@ -8,9 +8,10 @@ Fields that are ``None`` or ``"auto"`` are resolved when the experiment is built
 import dataclasses
 from typing import Literal
 
-CouplingName = Literal["shared", "full", "independent", "released"]
+CouplingName = Literal["shared", "full", "independent", "released", "cross_attention"]
 TaskKind = Literal["classification", "regression", "multilabel"]
 Granularity = Literal["sequence", "step"]
+MetricSet = Literal["auto", "mosi", "sims", "mmsa_classification", "omics"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,12 @@ class ModelConfig:
     dt_rank: int | None = None
     """Rank of the step-size projection; None: ceil(d_model / 8)."""
     n_layers: int = 3
-    """Layers of coupled blocks."""
+    """Layers of coupled blocks; 0: encoders and head only."""
     coupling: CouplingName = "shared"
-    """Coupling of the states: shared (Eq. 6), full (Eq. 5), independent, or the published code's (released)."""
+    """Coupling of the states: shared (Eq. 6), full (Eq. 5), independent, or the published code's (released); or
+    attention between the modalities instead of scans (cross_attention)."""
+    early_fusion: Literal["none", "average", "concat"] = "none"
+    """One stream instead of one a modality, fused after the encoders by a mean or by a linear map of all of them."""
     unnormalized: bool = False
     """Literal gain g = 1 (shared) or raw weights (full). The states can overflow: see the README."""
     readout: Literal["per_modality", "shared"] = "per_modality"
@@ -59,6 +63,8 @@ class ModelConfig:
     """Pooling over time, for predictions per sequence."""
     fusion: Literal["weighted", "mean", "concat", "late"] = "weighted"
     """Modalities are fused by a softmax-weighted sum, a mean, a concatenation, or by averaging their logits (late)."""
+    n_heads: int = 4
+    """Attention heads of coupling "cross_attention"."""
     head_hidden: int = 64
     """Hidden units of the head (Linear-ReLU-Linear)."""
     dropout: float = 0.0
@@ -120,7 +126,70 @@ class NpzConfig:
     """Name of the label array in each file; every other array is a modality [L, F]."""
 
 
-DataConfig = WatchConfig | SyntheticConfig | NpzConfig
+@dataclasses.dataclass(frozen=True)
+class MosiContextualConfig:
+    """CMU-MOSI by utterance: one video is one sequence, with a label at every utterance."""
+
+    path: str = ""
+    """Folder of {text,audio,video}_{train,test}.csv and manifest.csv."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    valid_fraction: float = 0.2
+    """Share of the training videos that is held out for validation."""
+    split_seed: int = 0
+    """Seed that draws the validation videos."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OmicsConfig:
+    """Multi-omics classification in MOGONET's layout: ROSMAP, BRCA. Features are scaled to 0..1."""
+
+    path: str = ""
+    """Folder of {1,2,3}_{tr,te}.csv and labels_{tr,te}.csv."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    n_steps: int = 1
+    """Steps of the sequence that a view becomes, each a group of consecutive features; the published code uses 1."""
+    valid_fraction: float = 0.2
+    """Share of the training rows that is held out for validation, stratified by class."""
+    split_seed: int = 0
+    """Seed that draws the validation rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MmsaConfig:
+    """CMU-MOSI, CMU-MOSEI, CH-SIMS or CH-SIMSv2 in a feature file of MMSA, aligned or unaligned."""
+
+    path: str = ""
+    """The file, such as aligned_50.pkl or unaligned_50.pkl."""
+    dataset: Literal["mosi", "mosei", "sims", "simsv2"] = "mosei"
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    task: Literal["regression", "classification"] = "regression"
+    """The sentiment as a number, or as negative, neutral or positive."""
+    length: int | None = None
+    """Steps that all modalities are brought to; None: those of the text."""
+    resample: Literal["mean", "nearest", "frames"] = "mean"
+    """What a window of steps becomes: its mean (the published code), one of them, or all side by side (learned)."""
+    span: Literal["padded", "true"] = "padded"
+    """The windows divide the steps with the file's padding (the published code), or the true steps of each sample."""
+    counts: Literal["published", "any"] = "published"
+    """The file has to hold as many samples as the published one, or may hold any number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MmImdbConfig:
+    """MM-IMDb: genres of films from plot and poster, in MultiBench's file."""
+
+    path: str = ""
+    """The file multimodal_imdb.hdf5."""
+    data_dir: str = "~/.cache/cmamba_jax"
+    """Where the prepared records are kept."""
+    n_steps: int = 1
+    """Steps of the sequence that each vector becomes, each a group of consecutive features."""
+
+
+DataConfig = WatchConfig | SyntheticConfig | NpzConfig | MosiContextualConfig | OmicsConfig | MmsaConfig | MmImdbConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +204,27 @@ class AugmentConfig:
     """Largest angle in degrees of a random rotation of three-axis modalities (the same for all of a sample)."""
     time_warp: float = 0.0
     """Standard deviation of a random log speed."""
+    swap: float = 0.0
+    """Probability that a step of a modality shows the features of a random step of the same sample: keeps a model from
+    trusting single steps, where features know the training labels."""
     mirror: tuple[float, ...] = ()
     """Signs (1 or -1) of all features, modality after modality, in a mirror image: half of the samples take it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingConfig:
+    """Part of the normalised inputs removed at random."""
+
+    kind: Literal["none", "element", "modality", "step"] = "none"
+    """What is missing: single numbers (Table 12 of the paper), whole modalities but for one, or time steps (MMSA)."""
+    rate: float = 0.0
+    """Probability that a number, a modality or a step is missing."""
+    modalities: tuple[str, ...] = ()
+    """Modalities that lose something; empty: all."""
+    marking: Literal["mask", "zeros"] = "mask"
+    """What the model sees of missing modalities and steps: False in the masks, or zeros as in MMSA."""
+    seed: int = 0
+    """Seed of what is missing at evaluation; training draws anew in every epoch, from the seed of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +238,8 @@ class PipelineConfig:
     normalize: Literal["standard", "minmax", "none"] = "standard"
     """Feature scaling, fitted on the training samples only."""
     augment: AugmentConfig = AugmentConfig()
+    missing: MissingConfig = MissingConfig()
+    """What is removed from the training samples (modality dropout); validation and test samples stay whole."""
     read_threads: int = 2
     """Threads that prepare batches ahead of the training step."""
 
@@ -184,6 +274,11 @@ class TrainConfig:
     epochs: int = 150
     seed: int = 1111
     """Seed of the parameters, the shuffling and the dropout."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that are trained together, in one compiled step; empty: `seed` alone."""
+    track_test: bool = False
+    """With `seeds`: score the test split after every epoch too, and report apart what choosing the epoch on it would
+    give, as some publications do. Nothing is chosen by it."""
     loss: Literal["auto", "l1", "mse", "cross_entropy", "bce"] = "auto"
     """auto: cross_entropy (classification), l1 (regression), bce (multilabel)."""
     label_smoothing: float = 0.0
@@ -206,6 +301,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How predictions are scored."""
+
+    metrics: MetricSet = "auto"
+    """auto: by the kind of task; mosi, sims, mmsa_classification: MMSA's; omics: accuracy with F1 and AUC or F1s."""
+    thresholds: tuple[float, ...] = (0.5,)
+    """Probabilities above which a label counts as predicted (multilabel): one for all labels, or one for each."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything that determines a run."""
 
@@ -217,3 +322,39 @@ class ExperimentConfig:
     pipeline: PipelineConfig = PipelineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    paper: str = ""
+    """What a publication reports for this experiment, for people to compare with; nothing reads it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRow:
+    """One row of a sweep's table."""
+
+    label: str = ""
+    """Name of the row, and of its folder."""
+    changes: tuple[tuple[str, object], ...] = ()
+    """Fields that differ from the base, with their values: (("model.coupling", "full"), ("model.d_state", 32))."""
+    paper: str = ""
+    """What a publication reports for this row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A table of experiments that differ in a few fields, for `cmamba sweep`."""
+
+    name: str = "sweep"
+    """Name of the sweep and of its folder."""
+    base: ExperimentConfig = ExperimentConfig("base")
+    """What all rows share; `base.train.seeds` are trained together in every row."""
+    rows: tuple[SweepRow, ...] = ()
+    widths: Literal["same", "equal_parameters"] = "same"
+    """equal_parameters: every row takes the d_model that gives it as many parameters as the base, within 5%."""
+    folds: Literal["one", "all"] = "one"
+    """all: every row is a cross-validation over the folds of the data."""
+    metrics: tuple[str, ...] = ()
+    """Columns of the Markdown table; empty: all metrics of the task."""
+    note: str = ""
+    """What a reader of the table should know; RESULTS.md prints it."""
+    missing: tuple[MissingConfig, ...] = ()
+    """Missing data at which the test split is scored as well, after training."""

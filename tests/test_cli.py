@@ -158,6 +158,9 @@ def test_eval_prints_the_metrics_of_the_run(call, tiny_run):
     expected = "  ".join(f"{name} {value:.4f}" for name, value in tiny_run.metrics["test"].items())
     assert (code, out, err) == (0, f"test: {expected}\n", "")
     assert call("eval", tiny_run.run_dir, "--split", "valid", "--checkpoint", "last")[1].startswith("valid: loss ")
+    missing = ("--missing.kind", "step", "--missing.rate", "0.7")
+    first = call("eval", tiny_run.run_dir, *missing)
+    assert first[0] == 0 and first[1] != out and first == call("eval", tiny_run.run_dir, *missing)
 
 
 def test_predict_writes_csv_and_jsonl(call, tiny_run, tmp_path):
@@ -262,6 +265,7 @@ def test_mistakes_that_show_when_the_experiment_is_built(fails, config_file, tmp
 
 def test_wrong_folders_and_inputs(fails, tiny_run, tmp_path):
     assert "expected the folder of a run" in fails("eval", tmp_path)
+    assert "missing.kind is none" in fails("eval", tiny_run.run_dir, "--missing.rate", "0.5")
     assert "expected an .npz file or a folder" in fails("predict", tiny_run.run_dir, tmp_path)
     assert "ends in .csv or .jsonl" in fails("predict", tiny_run.run_dir, tmp_path, "--output", "p.xlsx")
     np.savez(tmp_path / "bad.npz", cue=np.ones((8, 1)), symbols=np.full((8, 2), np.nan))
@@ -311,3 +315,30 @@ def test_interrupt_is_no_traceback(call, config_file, monkeypatch):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "cmamba_jax", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("cmamba: error: unknown command 'trian'")
+
+
+def test_sweep_and_results(call, fails, config_file, tmp_path, monkeypatch):
+    """A grid of one row on an experiment's file, its table, and the list of what was not run."""
+    monkeypatch.chdir(tmp_path)
+    train = ("--train.epochs", 1, "--train.output", "runs", "--seeds", 1, 2)
+    code, out, err = call("sweep", config_file, "--grid", "model.coupling=full", *train)
+    assert (code, err) == (0, "")
+    assert out.startswith("row 1/1: coupling full (") and "\n| coupling full |" in out
+    assert out.endswith("written to runs/tiny_sweep/table.md and table.csv\n")
+    (tmp_path / "configs").mkdir()
+    shutil.copy(config_file, tmp_path / "configs")
+    (tmp_path / "configs" / "other.py").write_text(
+        SOURCE.replace("'tiny'", "'other'").replace("paper=''", "paper='81.8'")
+    )
+    assert call("results")[1] == "RESULTS.md: 1 tables, 1 configurations not run\n"
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert f"`cmamba sweep {config_file} --grid model.coupling=full --train.epochs 1 " in text
+    assert "| coupling full |" in text and "| `configs/other.py` | 81.8 |" in text
+    assert "has no rows: give fields to vary" in fails("sweep", config_file)
+    assert "--grid: expected FIELD=VALUE,VALUE" in fails("sweep", config_file, "--grid", "model.d_state")
+
+
+def test_a_sweep_is_not_an_experiment(fails, tmp_path):
+    path = tmp_path / "table.py"
+    path.write_text("from cmamba_jax.config import *\n\ndef config():\n    return SweepConfig()\n")
+    assert "returned SweepConfig, expected an ExperimentConfig; run it with `cmamba sweep`" in fails("train", path)

@@ -12,6 +12,7 @@ import pytest
 from cmamba_jax import config
 from cmamba_jax.cli import load_config
 from cmamba_jax.config_json import to_dict
+from cmamba_jax.train.sweep import apply
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -27,6 +28,15 @@ def test_config_equals_its_golden_file(path, request):
         golden.write_text(text, encoding="utf-8")
     assert golden.exists(), f"{golden.name} is missing: run pytest tests/test_config.py --update-golden"
     assert text == golden.read_text(encoding="utf-8"), "if the change is wanted, run again with --update-golden"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.py")), ids=lambda path: path.stem)
+def test_rows_of_a_sweep_fit_their_base(path):
+    sweep = load_config(path, kinds=(config.SweepConfig,))
+    assert len({row.label for row in sweep.rows}) == len(sweep.rows) > 0
+    for row in sweep.rows:
+        apply(sweep.base, row.changes)
+    assert sweep.name not in {load_config(base).name for base in CONFIGS}
 
 
 def test_every_golden_file_has_its_config():

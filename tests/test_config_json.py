@@ -7,7 +7,9 @@ from cmamba_jax.config import (
     AugmentConfig,
     ExperimentConfig,
     ModelConfig,
+    MosiContextualConfig,
     NpzConfig,
+    OmicsConfig,
     OptimizerConfig,
     PipelineConfig,
     SyntheticConfig,
@@ -18,7 +20,14 @@ from cmamba_jax.config_json import check, from_dict, to_dict
 from cmamba_jax.errors import UserError
 
 
-@pytest.mark.parametrize("data", [SyntheticConfig(length=9), WatchConfig(fold=2), NpzConfig(path="x"), None])
+@pytest.mark.parametrize("data", [
+    SyntheticConfig(length=9),
+    WatchConfig(fold=2),
+    NpzConfig(path="x"),
+    MosiContextualConfig(split_seed=1),
+    OmicsConfig(n_steps=3),
+    None,
+])  # fmt: skip
 def test_json_round_trip(data):
     config = ExperimentConfig(
         "x",
@@ -50,7 +59,7 @@ def changed(path, value):
     ("pipeline.buckets", ("a",), r"pipeline.buckets\[0\] has to be of type int"),
     ("train.patience", 0, "train.patience has to be >= 1"),
     ("train", ModelConfig(), "unknown field 'train.d_model'"),
-    ("data", "watch", "data has to be one of WatchConfig, SyntheticConfig, NpzConfig, got 'watch'"),
+    ("data", "watch", "data has to be one of WatchConfig, SyntheticConfig, NpzConfig, .*, got 'watch'"),
     ("name", "a/b", "name has to be a plain folder name"),
 ])  # fmt: skip
 def test_impossible_values(path, value, message):

@@ -89,7 +89,7 @@ def _inputs(given: Mapping[str, np.ndarray], info: DataInfo, where: str) -> dict
     if len(set(lengths.values())) > 1:
         raise DataError(
             f"{where}: the modalities have different lengths {lengths} (expected one common L); "
-            "resample them to a common length first"
+            "resample them to a common length first (cmamba_jax.data.resample)"
         )
     return inputs
 

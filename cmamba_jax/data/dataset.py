@@ -9,7 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cmamba_jax.config import DataConfig, Granularity, NpzConfig, SyntheticConfig, TaskConfig, TaskKind, WatchConfig
+from cmamba_jax.config import (
+    DataConfig,
+    Granularity,
+    MmImdbConfig,
+    MmsaConfig,
+    MosiContextualConfig,
+    NpzConfig,
+    OmicsConfig,
+    SyntheticConfig,
+    TaskConfig,
+    TaskKind,
+    WatchConfig,
+)
 from cmamba_jax.data.checks import DataError
 
 Column = np.ndarray | Sequence[npt.ArrayLike]
@@ -79,7 +91,7 @@ def load(config: DataConfig) -> Splits:
     """Opens the data set that a configuration describes, preparing it where that is needed.
 
     Args:
-        config: WatchConfig, SyntheticConfig or NpzConfig.
+        config: one of the classes of `config.DataConfig`.
 
     Returns:
         The splits; samples are read or made when they are indexed.
@@ -101,7 +113,24 @@ def load(config: DataConfig) -> Splits:
             from cmamba_jax.data import npz
 
             return npz.load(config)
-    raise TypeError(f"expected WatchConfig, SyntheticConfig or NpzConfig, got {type(config).__name__}")
+        case MosiContextualConfig():
+            from cmamba_jax.data import mosi_contextual
+
+            return mosi_contextual.load(config)
+        case OmicsConfig():
+            from cmamba_jax.data import omics
+
+            return omics.load(config)
+        case MmsaConfig():
+            from cmamba_jax.data import mmsa
+
+            return mmsa.load(config)
+        case MmImdbConfig():
+            from cmamba_jax.data import mmimdb
+
+            return mmimdb.load(config)
+    known = ", ".join(choice.__name__ for choice in typing.get_args(DataConfig))
+    raise TypeError(f"expected one of {known}, got {type(config).__name__}")
 
 
 def from_arrays(

@@ -1,19 +1,24 @@
 """From samples to batches of one static shape."""
 
+from __future__ import annotations
+
+import copy
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import grain
 import numpy as np
 
 from cmamba_jax.batch import Array, Batch
-from cmamba_jax.config import PipelineConfig
-from cmamba_jax.data import plan, transforms
+from cmamba_jax.config import MissingConfig, PipelineConfig
+from cmamba_jax.data import missing, plan, transforms
 from cmamba_jax.data.checks import DataError, checked
 from cmamba_jax.data.dataset import DataInfo, Sample, Splits
 
 Split = Literal["train", "valid", "test"]
+
+_WHOLE = MissingConfig()
 
 
 class Pipeline:
@@ -43,8 +48,8 @@ class Pipeline:
 
         Args:
             splits: the data set.
-            config: batch sizes, buckets, normalisation, augmentation and threads.
-            seed: seed of the order and of the augmentation.
+            config: batch sizes, buckets, normalisation, augmentation, missing data and threads.
+            seed: seed of the order, of the augmentation and of what is missing.
             normalizer: the one of an earlier run, used as it is; None: fitted on the training samples.
 
         Raises:
@@ -56,6 +61,7 @@ class Pipeline:
         self._config = config
         self._seed = seed
         _check_config(config, self.info)
+        missing.check(config.missing, self.info)
         lengths: dict[Split, list[int]] = {"train": [], "valid": [], "test": []}
         training = self._scan("train", lengths["train"])
         if normalizer is not None:
@@ -70,6 +76,16 @@ class Pipeline:
         self._epoch_plan = functools.lru_cache(maxsize=2)(self._train_plan)
         self.steps_per_epoch: int = len(self._epoch_plan(0))
 
+    def with_seed(self, seed: int) -> Pipeline:
+        """The same pipeline with the order and the augmentation of another seed; reads nothing again.
+
+        Equal to a pipeline made with this seed: neither the checks, the normaliser nor the lengths depend on it.
+        """
+        other = copy.copy(self)
+        other._seed = seed
+        other._epoch_plan = functools.lru_cache(maxsize=2)(other._train_plan)
+        return other
+
     def train(self) -> Iterator[Batch]:
         """Training batches without end, each epoch in another order.
 
@@ -81,17 +97,24 @@ class Pipeline:
         batches = steps.map_with_index(lambda step, _: self._train_batch(step))
         return iter(batches.to_iter_dataset(self._read_options()))
 
-    def batches(self, split: Split) -> Iterable[Batch]:
+    def batches(self, split: Split, removed: MissingConfig = _WHOLE) -> Iterable[Batch]:
         """All samples of a split once, in their order and without augmentation.
 
         Args:
             split: "train", "valid" or "test".
+            removed: what to remove from the samples; it depends on its seed and the sample alone.
 
         Returns:
             A finite iterable that can be iterated again. Rows with weight 1 are the samples.
+
+        Raises:
+            DataError: if `removed` does not fit the data.
         """
+        missing.check(removed, self.info)
         planned = plan.eval_plan(self._padded[split], self._config.eval_batch_size)
-        batches = grain.MapDataset.source(planned).map(lambda batch: self._collate(split, batch))
+        batches = grain.MapDataset.source(planned).map(
+            lambda batch: self._collate(batch, lambda index: self._whole(split, index, removed))
+        )
         return batches.to_iter_dataset(self._read_options())
 
     def _scan(self, split: Split, lengths: list[int]) -> Iterator[Sample]:
@@ -115,12 +138,12 @@ class Pipeline:
 
     def _train_batch(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._collate("train", self._epoch_plan(epoch)[position], epoch=epoch)
+        return self._collate(self._epoch_plan(epoch)[position], lambda index: self._changed(index, epoch))
 
-    def _collate(self, split: Split, batch: plan.PlannedBatch, epoch: int | None = None) -> Batch:
-        """Reads, changes, pads and stacks the samples of a batch; an epoch means that they are augmented."""
+    def _collate(self, batch: plan.PlannedBatch, prepare: Callable[[int], Sample]) -> Batch:
+        """Prepares, pads and stacks the samples of a batch."""
         real = batch.rows != plan.FILLER
-        samples = [self._prepare(split, int(index), epoch) for index in batch.rows[real]]
+        samples = [prepare(int(index)) for index in batch.rows[real]]
         samples += [samples[0]] * int(np.sum(~real))
 
         def stacked(part: Literal["inputs", "mask"]) -> dict[str, Array]:
@@ -136,15 +159,20 @@ class Pipeline:
             label_mask=_stack([sample["label_mask"] for sample in samples], batch.length) if per_step else None,
         )
 
-    def _prepare(self, split: Split, index: int, epoch: int | None) -> Sample:
-        sample = checked(getattr(self._splits, split)[index], self.info)
+    def _whole(self, split: Split, index: int, removed: MissingConfig) -> Sample:
+        """A sample for evaluation."""
+        sample = self.normalizer(checked(getattr(self._splits, split)[index], self.info))
+        rng = np.random.default_rng([removed.seed, ("train", "valid", "test").index(split), index])
+        return missing.remove(sample, removed, rng)
+
+    def _changed(self, index: int, epoch: int) -> Sample:
+        """A sample for training, augmented."""
+        sample = checked(self._splits.train[index], self.info)
+        # The trailing numbers keep these streams apart from that of the order, which is keyed by [seed, epoch].
+        rng, rng_missing = (np.random.default_rng([self._seed, epoch, index, stream]) for stream in (1, 2))
         augment = self._config.augment
-        if epoch is None:
-            return self.normalizer(sample)
-        # The trailing 1 keeps this stream apart from that of the order, which is keyed by [seed, epoch].
-        rng = np.random.default_rng([self._seed, epoch, index, 1])
-        sample = self.normalizer(transforms.augment(sample, augment, rng))
-        return transforms.jitter(sample, augment.jitter, rng)
+        sample = transforms.jitter(self.normalizer(transforms.augment(sample, augment, rng)), augment.jitter, rng)
+        return missing.remove(sample, self._config.missing, rng_missing)
 
     def _read_options(self) -> grain.ReadOptions:
         threads = self._config.read_threads

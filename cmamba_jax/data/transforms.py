@@ -122,7 +122,7 @@ class _Moments:
 
 
 def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:
-    """Applies the changes of raw (not yet normalised) samples: time warp, mirror image, rotation and scale.
+    """Applies the changes of raw (not yet normalised) samples: time warp, mirror image, rotation, scale and swap.
 
     Args:
         sample: a complete sample (see `checks.checked`).
@@ -133,7 +133,7 @@ def augment(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> 
         A changed sample of the same shapes.
     """
     sample = mirror(time_warp(sample, config.time_warp, rng), config.mirror, rng)
-    return scale(rotate(sample, config.rotation, rng), config.scale, rng)
+    return swap(scale(rotate(sample, config.rotation, rng), config.scale, rng), config.swap, rng)
 
 
 def time_warp(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
@@ -211,6 +211,18 @@ def scale(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
         for name, values in sample["inputs"].items()
     }
     return {**sample, "inputs": inputs}
+
+
+def swap(sample: Sample, probability: float, rng: np.random.Generator) -> Sample:
+    """Shows, at random steps of each modality, the features (and their mask) of a random step of the same sample."""
+    if not probability:
+        return sample
+    inputs, mask = {}, {}
+    for name, values in sample["inputs"].items():
+        steps = np.arange(len(values))
+        source = np.where(rng.uniform(size=len(values)) < probability, rng.permutation(steps), steps)
+        inputs[name], mask[name] = values[source], sample["mask"][name][source]
+    return {**sample, "inputs": inputs, "mask": mask}
 
 
 def jitter(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:

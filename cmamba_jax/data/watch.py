@@ -4,21 +4,18 @@
 seglearn carries them. They are cut into windows and prepared once with tensorflow-datasets.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import absl.logging
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cmamba_jax.config import TaskConfig, WatchConfig
-from cmamba_jax.data import safe_pickle
+from cmamba_jax.data import records, safe_pickle
 from cmamba_jax.data.checks import DataError
 from cmamba_jax.data.dataset import DataInfo, Sample, Splits
 
@@ -232,37 +229,10 @@ def _builder_config(config: WatchConfig) -> WatchBuilderConfig:
 
 
 def _prepared(config: WatchConfig) -> CmambaWatch:
-    """The builder with its records in data_dir; records that are there are used as they are."""
+    """The builder with its records in data_dir."""
     builder_config = _builder_config(config)
     data_dir = pathlib.Path(config.data_dir).expanduser()
-
-    def make_builder() -> CmambaWatch:
-        return CmambaWatch(config=builder_config, data_dir=data_dir, file_format="array_record")
-
-    with _quiet():
-        builder = make_builder()
-        if not builder.data_path.exists():
-            try:
-                builder.download_and_prepare()
-            except OSError:
-                # TFDS renames a finished folder into place: this fails if another process has just done so.
-                if not builder.data_path.exists():
-                    raise
-                builder = make_builder()
-    return builder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences TFDS, which prints to stdout, warns of unregistered configs and draws progress bars."""
-    tfds.disable_progress_bar()
-    verbosity = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        absl.logging.set_verbosity(verbosity)
+    return records.prepared(lambda: CmambaWatch(config=builder_config, data_dir=data_dir, file_format="array_record"))
 
 
 class _Windows:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from cmamba_jax.batch import Batch
 from cmamba_jax.config import ModelConfig, TaskConfig
 from cmamba_jax.errors import UserError
-from cmamba_jax.models import functional, heads
+from cmamba_jax.models import attention, functional, heads
 from cmamba_jax.models.block import CoupledMambaBlock, LayerCoupling
 from cmamba_jax.models.encoders import Encoder
 from cmamba_jax.models.ssm import SSMState
@@ -102,7 +102,8 @@ class CoupledMamba(nnx.Module):
         m = len(features)
         if m == 0:
             raise UserError("features: expected at least one modality, got none")
-        if config.coupling == "released" and m == 1:
+        streams = 1 if config.early_fusion != "none" else m
+        if config.coupling == "released" and streams == 1:
             raise UserError("coupling 'released' mixes modalities: it needs at least 2, got 1; use 'independent'")
         if config.frame > 1 and task.per == "step":
             raise UserError(f"frame {config.frame} merges steps, but the task has one prediction per step; use frame 1")
@@ -112,12 +113,15 @@ class CoupledMamba(nnx.Module):
         self.encoders = nnx.Dict(
             {name: Encoder(config, config.frame * width, rngs=rngs) for name, width in features.items()}
         )
-        self.blocks = nnx.List([CoupledMambaBlock(config, m, rngs=rngs) for _ in range(config.n_layers)])
-        n_mixes = config.n_layers - 1 if config.coupling == "released" else 0
-        self.mixes = nnx.List([LayerCoupling(config, m, rngs=rngs) for _ in range(n_mixes)])
-        self.norm_scale = nnx.Param(jnp.ones((m, config.d_model), jnp.float32))
-        self.norm_bias = nnx.Param(jnp.zeros((m, config.d_model), jnp.float32))
-        self.head = heads.FusionHead(config, m, task.n_outputs, rngs=rngs)
+        if config.early_fusion != "none":
+            self.join = attention.EarlyFusion(config, m, rngs=rngs)
+        block = attention.CrossAttentionBlock if config.coupling == "cross_attention" else CoupledMambaBlock
+        self.blocks = nnx.List([block(config, streams, rngs=rngs) for _ in range(config.n_layers)])
+        n_mixes = max(config.n_layers - 1, 0) if config.coupling == "released" else 0
+        self.mixes = nnx.List([LayerCoupling(config, streams, rngs=rngs) for _ in range(n_mixes)])
+        self.norm_scale = nnx.Param(jnp.ones((streams, config.d_model), jnp.float32))
+        self.norm_bias = nnx.Param(jnp.zeros((streams, config.d_model), jnp.float32))
+        self.head = heads.FusionHead(config, streams, task.n_outputs, rngs=rngs)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ class CoupledMamba(nnx.Module):
                 {direction: ssm.init_state(batch_size, dtype) for direction, ssm in block.ssms().items()}
                 for block in self.blocks
             ),
-            pool=heads.init_pool(self.config.pooling, (len(self.features), batch_size, self.config.d_model)),
+            pool=heads.init_pool(self.config.pooling, (self.norm_scale.shape[0], batch_size, self.config.d_model)),
         )
 
     def __call__(
@@ -178,6 +182,10 @@ class CoupledMamba(nnx.Module):
             masks.append(seen)
         x = jnp.stack(encoded)
         seen = None if batch.mask is None else jnp.stack(masks)
+        if self.config.early_fusion != "none":
+            x, seen = self.join(x, mask=seen)
+        if self.config.coupling == "cross_attention":
+            x = functional.keep(x + attention.positions(x.shape[2], x.shape[3], reset), seen)
 
         layers = []
         for i, block in enumerate(self.blocks):
@@ -257,5 +265,7 @@ class CoupledMamba(nnx.Module):
             raise UserError("reset: packed sequences need predictions per step; this model predicts per sequence")
         if self.config.direction == "bidirectional" and state is not None:
             raise UserError("a bidirectional model needs the whole sequence: it cannot continue one; use 'causal'")
+        if self.config.coupling == "cross_attention" and state is not None:
+            raise UserError("attention needs the whole sequence: it cannot continue one; use another model.coupling")
         if train and self.config.dropout > 0 and rngs is None:
             raise UserError("training with dropout needs random numbers: pass rngs=nnx.Rngs(dropout=key)")

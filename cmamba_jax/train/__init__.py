@@ -11,16 +11,29 @@ if typing.TYPE_CHECKING:
     from cmamba_jax.train.crossval import CrossValidation, cross_validate
     from cmamba_jax.train.experiment import RunResult, fit
     from cmamba_jax.train.inference import Prediction, Run, load_run
+    from cmamba_jax.train.seeds import SeedsResult, fit_seeds
 
-__all__ = ["CrossValidation", "Prediction", "Run", "RunResult", "cross_validate", "fit", "load_run"]
+__all__ = [
+    "CrossValidation",
+    "Prediction",
+    "Run",
+    "RunResult",
+    "SeedsResult",
+    "cross_validate",
+    "fit",
+    "fit_seeds",
+    "load_run",
+]
 
 _HOMES = {
     "CrossValidation": "crossval",
     "Prediction": "inference",
     "Run": "inference",
     "RunResult": "experiment",
+    "SeedsResult": "seeds",
     "cross_validate": "crossval",
     "fit": "experiment",
+    "fit_seeds": "seeds",
     "load_run": "inference",
 }
 

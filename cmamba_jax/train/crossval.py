@@ -5,13 +5,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from cmamba_jax.config import ExperimentConfig, WatchConfig
 from cmamba_jax.config_json import check, to_dict
 from cmamba_jax.errors import UserError
 from cmamba_jax.train import runs
 from cmamba_jax.train.experiment import fit
+from cmamba_jax.train.seeds import fit_seeds, statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +22,20 @@ class CrossValidation:
         folds: test metrics of each fold.
         mean: mean of each metric over the folds.
         std: standard deviation over the folds (n - 1 in the denominator).
+        seeds: with `train.seeds`, test metrics of each seed in each fold, whose means over the seeds are `folds`.
+        seed_std: with `train.seeds`, standard deviation over the seeds of each seed's mean over the folds.
     """
 
     path: pathlib.Path
     folds: list[dict[str, float]]
     mean: dict[str, float]
     std: dict[str, float]
+    seeds: list[list[dict[str, float]]] = dataclasses.field(default_factory=list)
+    seed_std: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def cross_validate(config: ExperimentConfig, *, message: Callable[[str], None] = print) -> CrossValidation:
-    """Trains and tests one model a fold.
+    """Trains and tests one model a fold, or one for each of `train.seeds`, those of a fold together.
 
     The folder is `train.run_dir`, or OUTPUT/NAME/crossval; fold i goes to its subfolder ``fold_i``. Called again, it
     takes finished folds from crossval.json and continues an unfinished one from its last checkpoint.
@@ -64,25 +67,25 @@ def cross_validate(config: ExperimentConfig, *, message: Callable[[str], None] =
         message(f"fold {fold + 1}/{n_folds}")
         run_dir = folder / f"fold_{fold}"
         train = dataclasses.replace(config.train, run_dir=str(run_dir), resume=(run_dir / "config.json").exists())
-        result = fit(dataclasses.replace(config, data=dataclasses.replace(data, fold=fold), train=train))
-        folds.append(result.metrics["test"])
+        part = dataclasses.replace(config, data=dataclasses.replace(data, fold=fold), train=train)
+        if train.seeds:
+            group = fit_seeds(part)
+            done.setdefault("seeds", []).append([run.metrics["test"] for run in group.runs])
+            folds.append(group.mean["test"])
+        else:
+            folds.append(fit(part).metrics["test"])
         runs.write_json(path, done)
-    mean, std = _statistics(folds)
-    runs.write_json(path, done | {"mean": mean, "std": std})
-    return CrossValidation(path, folds, mean, std)
+    mean, std = statistics(folds)
+    seeds = done.get("seeds", [])
+    seed_std = statistics([statistics(own)[0] for own in zip(*seeds, strict=True)])[1] if seeds else {}
+    runs.write_json(path, done | {"mean": mean, "std": std} | ({"seed_std": seed_std} if seeds else {}))
+    return CrossValidation(path, folds, mean, std, seeds, seed_std)
 
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
     """What has to be the same when a cross-validation is continued."""
     values = to_dict(config)
-    del values["data"]["fold"]
+    del values["data"]["fold"], values["paper"]
     for name in ("output", "run_dir", "resume", "progress"):
         del values["train"][name]
     return values
-
-
-def _statistics(folds: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    columns = {name: [fold[name] for fold in folds] for name in folds[0]}
-    mean = {name: float(np.mean(values)) for name, values in columns.items()}
-    std = {name: float(np.std(values, ddof=1)) for name, values in columns.items()}
-    return mean, std

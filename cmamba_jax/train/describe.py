@@ -5,16 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import pallas_kernels
 from cmamba_jax.config import ExperimentConfig
 from cmamba_jax.config_json import check, to_dict
 from cmamba_jax.data import Pipeline
-from cmamba_jax.models import CoupledMamba
 from cmamba_jax.models.flops import forward_flops
+from cmamba_jax.models.size import abstract_params, count
 from cmamba_jax.train.experiment import load_splits, resolve
-from cmamba_jax.train.state import split_model
 from pallas_kernels.coupled_scan.types import Full, Independent, Problem, Shared
 
 
@@ -31,8 +29,7 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
     config = resolve(config, info)
     pipeline = Pipeline(splits, config.pipeline, seed=config.train.seed)
     length = next(iter(next(pipeline.train()).inputs.values())).shape[1]
-    model = nnx.eval_shape(lambda: CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(0)))
-    params = split_model(model)[1]
+    params = abstract_params(config.model, info.features, info.task)
     flops = forward_flops(config.model, info.features, info.task, length)
     return {
         "config": to_dict(config),
@@ -43,19 +40,18 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
             "length": int(length),
             "steps_per_epoch": pipeline.steps_per_epoch,
         },
-        "parameters": {"total": _count(params), **{name: _count(part) for name, part in params.items()}},
+        "parameters": {"total": count(params), **{name: count(part) for name, part in params.items()}},
         "flops_per_sample": {"total": sum(flops.values()), **flops},
         "scan": _scan(config, len(info.features), math.ceil(length / config.model.frame)),
     }
 
 
-def _count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
 def _scan(config: ExperimentConfig, m: int, length: int) -> dict[str, str]:
     """The implementation that the model's scans take on this device, and why."""
     model = config.model
+    if model.coupling == "cross_attention" or model.n_layers == 0:
+        return {"implementation": "none", "reason": "the model has no scan"}
+    m = 1 if model.early_fusion != "none" else m
     b, d, n = config.pipeline.batch_size, model.expand * model.d_model, model.d_state
 
     def problem() -> Problem:

@@ -21,7 +21,7 @@ from cmamba_jax.data import DataInfo, Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
-from cmamba_jax.train.evaluation import Evaluator
+from cmamba_jax.train.evaluation import Evaluation, Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
 from cmamba_jax.train.report import write_report
 from cmamba_jax.train.writers import MetricWriter, Progress, read_history
@@ -78,10 +78,14 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     """
     started = time.perf_counter()
     config_json.check(config)
+    if config.train.seeds:
+        raise UserError(f"fit trains one seed, but train.seeds is {config.train.seeds}; use fit_seeds, or empty it")
+    if config.train.track_test:
+        raise UserError("train.track_test needs train.seeds (one is enough): set --seeds, or switch it off")
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
-    loop.check_monitor(config.train.monitor, info.task)
+    loop.check_monitor(config.train.monitor, info.task, config.evaluation)
     pipeline = Pipeline(splits, config.pipeline, seed=config.train.seed)
     model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
     graphdef, params = state.split_model(model)
@@ -98,7 +102,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     )
     gradient_transformation = optimizer.make_optimizer(config.optimizer, schedule)
     loss_sum = make_loss_sum(info.task, config.train)
-    evaluate = Evaluator(predict, loss_sum, info.task)
+    evaluate = Evaluator(predict, loss_sum, info.task, config.evaluation)
     train_state = state.init_state(params, gradient_transformation, seed=config.train.seed)
     position = checkpoint.Position()
     batches: Any = pipeline.train()  # A grain iterator, whose state can be read and set.
@@ -108,7 +112,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         batches.set_state(position.data)
 
     writer = MetricWriter(run_dir, start_step=position.step)
-    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=_shows_bar(config))
+    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=shows_bar(config))
     try:
         with checkpoint.Checkpoints(checkpoint_dir) as checkpoints:
             train_state, position = loop.train(
@@ -131,7 +135,35 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
 
     best, _ = checkpoint.load_params(checkpoint_dir, train_state.params)
     test = evaluate(best, pipeline.batches("test"))
-    metrics = {"valid": evaluate(best, pipeline.batches("valid")).metrics, "test": test.metrics}
+    valid = evaluate(best, pipeline.batches("valid")).metrics
+    seconds = time.perf_counter() - started
+    return finish(run_dir, config, info, nnx.merge(graphdef, best), position, valid=valid, test=test, seconds=seconds)
+
+
+def finish(
+    run_dir: pathlib.Path,
+    config: ExperimentConfig,
+    info: DataInfo,
+    model: CoupledMamba,
+    position: checkpoint.Position,
+    *,
+    valid: dict[str, float],
+    test: Evaluation,
+    seconds: float,
+) -> RunResult:
+    """Writes the report of a trained run.
+
+    Args:
+        run_dir: its folder.
+        config: the resolved configuration.
+        info: description of the data.
+        model: with the parameters of the best checkpoint.
+        position: where training ended.
+        valid: validation metrics of the model.
+        test: its score on the test split.
+        seconds: how long it took.
+    """
+    metrics = {"valid": valid, "test": test.metrics}
     report = write_report(
         run_dir,
         config=config,
@@ -140,8 +172,8 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         history=read_history(run_dir),
         logits=test.logits,
         labels=test.labels,
-        coupling_tables=nnx.merge(graphdef, best).coupling_tables(),
-        facts=_facts(best, position, time.perf_counter() - started),
+        coupling_tables=model.coupling_tables(),
+        facts=_facts(state.split_model(model)[1], position, seconds),
     )
     return RunResult(run_dir, metrics, report)
 
@@ -154,7 +186,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
         DataError: the data is not as expected.
     """
     if config.data is None:
-        raise UserError("config.data is None: set it to WatchConfig, SyntheticConfig or NpzConfig, or pass splits")
+        raise UserError("config.data is None: set it to a data set such as NpzConfig, or pass splits")
     return data.load(config.data)
 
 
@@ -168,7 +200,8 @@ def resolve(config: ExperimentConfig, info: DataInfo) -> ExperimentConfig:
     )
 
 
-def _shows_bar(config: ExperimentConfig) -> bool:
+def shows_bar(config: ExperimentConfig) -> bool:
+    """Whether a progress bar suits the configuration and the terminal."""
     if config.train.progress == "auto":
         return sys.stderr.isatty() or "ipykernel" in sys.modules
     return config.train.progress == "on"

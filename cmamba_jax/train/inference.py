@@ -15,7 +15,8 @@ import numpy.typing as npt
 from flax import nnx
 from scipy import special
 
-from cmamba_jax.config import ExperimentConfig, PipelineConfig
+from cmamba_jax import metrics
+from cmamba_jax.config import ExperimentConfig, MissingConfig, PipelineConfig
 from cmamba_jax.data import DataError, DataInfo, Normalizer, Pipeline, Sample, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
@@ -34,8 +35,8 @@ class Prediction:
     Attributes:
         id: name of the sequence.
         outputs: probabilities of the classes or labels, or values of the targets: float32 [K], or [L, K] per step.
-        labels: name of the most probable class (of each step); names of the labels with a probability above 0.5 for
-            multilabel; empty for regression.
+        labels: name of the most probable class (of each step); names of the labels with a probability above their
+            threshold for multilabel; empty for regression.
     """
 
     id: str
@@ -63,18 +64,26 @@ class Run:
     model: nnx.Module
     epoch: int
 
-    def evaluate(self, split: str = "test", splits: Splits | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        split: str = "test",
+        splits: Splits | None = None,
+        *,
+        missing: MissingConfig = MissingConfig(),  # noqa: B008 (frozen)
+    ) -> Evaluation:
         """Scores a split: metrics, and the outputs and labels of all predictions that count.
 
         Args:
             split: "train", "valid" or "test".
             splits: the data set; None: the one of the configuration.
+            missing: what to remove from the samples.
         """
         if split not in ("train", "valid", "test"):
             raise UserError(f"unknown split {split!r}; expected train, valid or test")
         splits = load_splits(self.config) if splits is None else splits
-        evaluator = Evaluator(self._predict, make_loss_sum(self.info.task, self.config.train), self.info.task)
-        return evaluator(self._params, self._pipeline(splits, self.config.pipeline).batches(split))
+        loss_sum = make_loss_sum(self.info.task, self.config.train)
+        evaluator = Evaluator(self._predict, loss_sum, self.info.task, self.config.evaluation)
+        return evaluator(self._params, self._pipeline(splits, self.config.pipeline).batches(split, missing))
 
     def predict(
         self,
@@ -135,7 +144,8 @@ class Run:
                 labels = tuple(names[np.atleast_1d(outputs.argmax(-1))].tolist())
             case "multilabel":
                 outputs = special.expit(logits)
-                labels = tuple(tuple(names[row > 0.5].tolist()) for row in np.atleast_2d(outputs))
+                chosen = np.atleast_2d(metrics.decide(logits, self.config.evaluation.thresholds))
+                labels = tuple(tuple(names[row].tolist()) for row in chosen)
             case "regression":
                 outputs, labels = logits, ()
         return Prediction(name, outputs, labels)
@@ -190,7 +200,11 @@ def load_run(run_dir: str | os.PathLike, *, which: str = "best") -> Run:
         UserError: the folder is none of a run, or the checkpoint is missing or damaged.
     """
     run_dir = pathlib.Path(run_dir).expanduser()
-    config, info = runs.read_config(run_dir), runs.read_info(run_dir)
+    config = runs.read_config(run_dir)
+    if config.train.seeds:
+        names = ", ".join(f"seed_{seed}" for seed in config.train.seeds)
+        raise UserError(f"{run_dir} holds the runs of several seeds; name one of its subfolders: {names}")
+    info = runs.read_info(run_dir)
     normalizer = Normalizer.from_dict(runs.read_json(run_dir / "normalizer.json"))
     model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
     graphdef, params = state.split_model(model)

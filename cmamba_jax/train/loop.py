@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from cmamba_jax.batch import Batch
-from cmamba_jax.config import TaskConfig, TrainConfig
+from cmamba_jax.config import EvaluationConfig, TaskConfig, TrainConfig
 from cmamba_jax.errors import UserError
-from cmamba_jax.metrics import METRICS, TASK_METRICS
+from cmamba_jax.metrics import METRICS, metric_names
 from cmamba_jax.train.checkpoint import Checkpoints, Position
 from cmamba_jax.train.state import Params, StepMetrics, TrainState, parameter_names
 from cmamba_jax.train.writers import MetricWriter, Progress
 
-_CURE = "lower optimizer.learning_rate, set optimizer.clip_norm, or look for extreme values in the data"
+CURE = "lower optimizer.learning_rate, set optimizer.clip_norm, or look for extreme values in the data"
 
 
 @runtime_checkable
@@ -33,15 +33,13 @@ class NonFiniteError(UserError):
     """The loss or the gradient became infinite or not a number."""
 
 
-def check_monitor(name: str, task: TaskConfig) -> None:
+def check_monitor(name: str, task: TaskConfig, evaluation: EvaluationConfig) -> None:
     """Makes sure that a validation metric of this name will exist.
 
     Raises:
         UserError: it will not; lists those that will.
     """
-    known = ["loss", *TASK_METRICS[task.kind]]
-    if "auc" in known and task.n_outputs != 2:
-        known.remove("auc")
+    known = ["loss", *metric_names(task, evaluation)]
     if name not in known:
         raise UserError(f"train.monitor: unknown metric {name!r}; expected one of {', '.join(known)} ({task.kind})")
 
@@ -89,7 +87,7 @@ def train(
     """
     while position.epoch < config.epochs and not stopped(position, config):
         epoch, started = position.epoch + 1, time.perf_counter()
-        log = _EpochLog(epoch, config.log_every, batch_size, learning_rate, writer, progress)
+        log = EpochLog(epoch, config.log_every, batch_size, learning_rate, writer, progress)
         step = position.step
         for step in range(position.step + 1, position.step + steps_per_epoch + 1):
             state, metrics = train_step(state, next(batches))
@@ -98,8 +96,8 @@ def train(
 
         values = validate(state.params)
         if not math.isfinite(values["loss"]):
-            raise NonFiniteError(f"the validation loss is {values['loss']} after epoch {epoch} (step {step}); {_CURE}")
-        improved = position.best_epoch == 0 or _better(values[config.monitor], position.best_value, config.monitor)
+            raise NonFiniteError(f"the validation loss is {values['loss']} after epoch {epoch} (step {step}); {CURE}")
+        improved = position.best_epoch == 0 or better(values[config.monitor], position.best_value, config.monitor)
         position = Position(
             step=step,
             epoch=epoch,
@@ -126,15 +124,24 @@ def stopped(position: Position, config: TrainConfig) -> bool:
     return config.patience is not None and position.epoch - position.best_epoch >= config.patience
 
 
-def _better(value: float, best: float, metric: str) -> bool:
-    """A metric that is undefined (NaN) is worse than any number."""
+def better(value: float, best: float, metric: str) -> bool:
+    """Whether a value of a metric beats the best so far; one that is undefined (NaN) is worse than any number."""
     if math.isnan(value) or math.isnan(best):
         return not math.isnan(value)
     return value < best if METRICS[metric] == "min" else value > best
 
 
-class _EpochLog:
-    """Reads the metrics of the steps of one epoch, checks them, and writes the mean of every few."""
+class EpochLog:
+    """Reads the metrics of the steps of one epoch, checks them, and writes the mean of every few.
+
+    Args:
+        epoch: its number, counted from 1.
+        every: steps between two records.
+        batch_size: samples a step.
+        learning_rate: rate of a step.
+        writer: where the records go.
+        progress: what the user sees.
+    """
 
     def __init__(
         self,
@@ -153,6 +160,7 @@ class _EpochLog:
 
     @property
     def mean_loss(self) -> float:
+        """Mean of the losses read so far."""
         return float(np.mean(self._losses))
 
     def add(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
@@ -186,7 +194,7 @@ def _describe(step: int, epoch: int, metrics: StepMetrics, state: TrainState) ->
     parameters = [n for n, leaf in zip(names, leaves, strict=True) if not np.isfinite(leaf).all()]
     return (
         f"training stopped at step {step} (epoch {epoch}): the loss is {float(metrics.loss)}; "
-        f"gradients not finite: {_listed(gradients)}; parameters not finite: {_listed(parameters)}; {_CURE}"
+        f"gradients not finite: {_listed(gradients)}; parameters not finite: {_listed(parameters)}; {CURE}"
     )
 
 

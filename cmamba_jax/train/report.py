@@ -18,7 +18,7 @@ from sklearn import metrics as sklearn_metrics
 
 from cmamba_jax.config import ExperimentConfig
 from cmamba_jax.data import DataInfo
-from cmamba_jax.metrics import METRICS, TASK_METRICS
+from cmamba_jax.metrics import METRICS, decide, metric_names
 from cmamba_jax.models import CouplingTable
 from cmamba_jax.train import figures
 from cmamba_jax.train.figures import DARK, LIGHT, Theme
@@ -32,12 +32,24 @@ _LABELS = {
     "weighted_f1": "weighted F1",
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
+    "f1": "F1",
     "auc": "AUC",
     "mae": "MAE",
     "rmse": "RMSE",
     "corr": "Pearson's r",
+    "has0_acc2": "Acc-2 with zero",
+    "has0_f1": "F1 with zero",
+    "non0_acc2": "Acc-2 without zero",
+    "non0_f1": "F1 without zero",
+    "acc2": "Acc-2",
+    "acc3": "Acc-3",
+    "acc5": "Acc-5",
+    "acc7": "Acc-7",
+    "mmsa_non0_acc2": "Acc-2 as MMSA has it",
+    "mmsa_non0_f1": "F1 as MMSA has it",
 }
-_SHARES = {"accuracy", "weighted_f1", "macro_f1", "micro_f1", "auc"}
+SHARES = _LABELS.keys() - {"loss", "mae", "rmse", "corr"}
+"""Metrics that are shown in percent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +101,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     pictures = (
         *_learning_curves(config, info, history),
-        *_predictions(info, logits, labels),
+        *_predictions(config, info, logits, labels),
         *_couplings(info, coupling_tables),
     )
     page = _environment().from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
@@ -127,7 +139,7 @@ def _metric_name(name: str) -> str:
 def _metric_value(value: float, name: str) -> str:
     if not math.isfinite(value):
         return "undefined"
-    return f"{100 * value:.1f}%" if name in _SHARES else f"{value:.4g}"
+    return f"{100 * value:.1f}%" if name in SHARES else f"{value:.4g}"
 
 
 def _render(picture: Picture, folder: pathlib.Path) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def _learning_curves(config: ExperimentConfig, info: DataInfo, history: Sequence
     monitored = [r for r in history if r["split"] == "valid" and math.isfinite(r.get(monitor, math.nan))]
     if monitored:
         best = {"min": min, "max": max}[METRICS[monitor]](monitored, key=lambda record: record[monitor])
-    for name in ("loss", TASK_METRICS[info.task.kind][0]):
+    for name in ("loss", metric_names(info.task, config.evaluation)[0]):
         if not any(name in record for record in history):
             continue
         label = _metric_name(name)
@@ -172,14 +184,14 @@ def _learning_curves(config: ExperimentConfig, info: DataInfo, history: Sequence
         )
 
 
-def _predictions(info: DataInfo, logits: np.ndarray, labels: np.ndarray) -> Iterator[Picture]:
+def _predictions(config: ExperimentConfig, info: DataInfo, logits: np.ndarray, labels: np.ndarray) -> Iterator[Picture]:
     names = list(info.label_names) or [str(k) for k in range(logits.shape[1])]
     if not np.isfinite(logits).all():
         return
     if info.task.kind == "classification":
         yield _confusion(sklearn_metrics.confusion_matrix(labels, logits.argmax(1), labels=range(len(names))), names)
     elif info.task.kind == "multilabel":
-        yield _label_scores(logits > 0, labels > 0.5, names)
+        yield _label_scores(decide(logits, config.evaluation.thresholds), labels > 0.5, names)
     else:
         shown = names[:MAX_TARGETS] if logits.shape[1] > 1 else [""]
         caption = "Each point is one prediction for the test data; on the dashed line it equals the target."

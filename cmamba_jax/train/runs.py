@@ -14,6 +14,7 @@ from cmamba_jax.errors import UserError
 _MAY_CHANGE = {
     *(f"train.{name}" for name in ("epochs", "patience", "checkpoint_every", "log_every", "progress")),
     *(f"train.{name}" for name in ("output", "run_dir", "resume")),
+    "paper",
     "pipeline.eval_batch_size",
     "pipeline.read_threads",
 }

@@ -60,12 +60,20 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed:
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_sum: LossSum
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Compiles ``step(state, batch) -> (state, metrics)``; the state passed in is donated.
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_sum: LossSum) -> TrainStep:
+    """Compiles `train_step`; the state passed in is donated.
 
     The model is merged while tracing only, so a call costs what a `jax.jit` of a function of plain dicts costs.
+    """
+    return jax.jit(train_step(graphdef, optimizer, loss_sum), donate_argnums=0)
+
+
+def train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_sum: LossSum) -> TrainStep:
+    """The pure function ``step(state, batch) -> (state, metrics)``, to be compiled as it is or for many states at once.
+
     A step whose loss or gradient is not finite leaves the parameters and the optimizer as they were.
 
     Args:
@@ -93,12 +101,17 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def make_predict_step(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], jax.Array]:
     """Compiles ``predict(params, batch) -> logits``."""
-    return jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch).logits)
+    return jax.jit(predict_step(graphdef))
+
+
+def predict_step(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], jax.Array]:
+    """The pure function ``predict(params, batch) -> logits``."""
+    return lambda params, batch: nnx.merge(graphdef, params)(batch).logits
 
 
 def parameter_names(params: Params) -> list[str]:

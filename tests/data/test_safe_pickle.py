@@ -18,6 +18,8 @@ PLAIN = {
     "strings": np.array(["ab", "c"]),
     "objects": np.array(["text", None, 3], dtype=object),
     "scalar": np.float32(2.5),
+    "string scalar": np.str_("中"),
+    "empty": np.zeros((0, 3), np.float32),
     "list": [np.arange(2), 1, 2.5, True, None, b"bytes", ("a", {"b": []})],
 }
 
@@ -58,6 +60,18 @@ def test_code_is_refused_and_not_run(tmp_path, protocol, function):
     with pytest.raises(DataError, match=r"data.pkl: holds .* not loaded .* save it again"):
         safe_pickle.load(path)
     assert not made.exists()
+
+
+@pytest.mark.parametrize("call", [Call(bytes, 3), Call(bytes, [1])], ids=["zeros", "content"])
+def test_bytes_are_made_of_nothing_but_nothing(tmp_path, call):
+    with pytest.raises(DataError, match="holds builtins.bytes|no readable pickle"):
+        safe_pickle.load(save(tmp_path / "data.pkl", call, 2))
+
+
+@pytest.mark.parametrize("value", [{1, 2}, 1 + 2j, np.ma.array([1]), range(3)], ids=lambda value: type(value).__name__)
+def test_other_types_are_refused(tmp_path, value):
+    with pytest.raises(DataError, match=r"holds .* not loaded .* save it again"):
+        safe_pickle.load(save(tmp_path / "data.pkl", value, 2))
 
 
 @pytest.mark.parametrize("value", [np.zeros(2, "datetime64[s]"), np.zeros(2, [("a", "f4")])])

@@ -190,3 +190,19 @@ def test_time_warp_never_loses_all_steps():
         mask[:] = np.arange(40) == 39
     for seed in range(50):
         assert transforms.time_warp(sample, 0.5, np.random.default_rng(seed))["mask"]["imu"].any()
+
+
+def test_swap_moves_steps_within_a_modality():
+    values = np.arange(200, dtype=np.float32)[:, None]
+    sample = {
+        "inputs": {"a": values, "b": values + 1000},
+        "mask": {"a": np.arange(200) % 2 == 0, "b": np.ones(200, bool)},
+        "label": 0,
+        "id": "x",
+    }
+    out = transforms.swap(sample, 0.5, np.random.default_rng(0))
+    moved = {name: out["inputs"][name] != sample["inputs"][name] for name in "ab"}
+    assert 0.4 < moved["a"].mean() < 0.6 and (moved["a"] != moved["b"]).any()
+    assert set(out["inputs"]["a"].ravel()) <= set(values.ravel())
+    np.testing.assert_array_equal(out["mask"]["a"], out["inputs"]["a"][:, 0] % 2 == 0)
+    assert transforms.swap(sample, 0.0, np.random.default_rng(0)) is sample

@@ -24,6 +24,11 @@ VARIANTS = {
     "readout": dataclasses.replace(TINY, readout="shared", encoder="conv", encoder_width=3),
     "literal": dataclasses.replace(TINY, unnormalized=True),
 }
+BASELINES = {
+    "attention": dataclasses.replace(TINY, coupling="cross_attention", n_heads=2),
+    "early": dataclasses.replace(TINY, coupling="independent", early_fusion="concat", fusion="mean"),
+    "no layers": dataclasses.replace(TINY, n_layers=0, fusion="mean"),
+}
 BIDIRECTIONAL = dataclasses.replace(TINY, direction="bidirectional")
 
 
@@ -111,34 +116,37 @@ def test_frames_stack_samples_and_stream():
     close(out.logits, whole.logits)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "bidirectional", "frames"])
+@pytest.mark.parametrize("name", [*VARIANTS, *BASELINES, "bidirectional", "frames"])
 def test_padding_and_its_content_change_nothing(name):
     frames = dataclasses.replace(TINY, frame=2)
-    model, batch = build({**VARIANTS, "bidirectional": BIDIRECTIONAL, "frames": frames}[name]), make_batch()
+    models = {**VARIANTS, **BASELINES, "bidirectional": BIDIRECTIONAL, "frames": frames}
+    model, batch = build(models[name]), make_batch()
     inputs = {m: np.concatenate([v, np.full_like(v[:, :4], np.nan)], 1) for m, v in batch.inputs.items()}
     mask = {m: np.pad(v, ((0, 0), (0, 4))) for m, v in batch.mask.items()}
     close(run(model, Batch(inputs, mask)).logits, run(model, batch).logits)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *BASELINES])
 def test_the_future_does_not_change_the_past(name):
-    model, batch = build(VARIANTS[name], "step"), make_batch()
+    model, batch = build((VARIANTS | BASELINES)[name], "step"), make_batch()
     changed = {m: np.concatenate([v[:, :6], v[:, 6:] + 1], 1) for m, v in batch.inputs.items()}
     before, after = run(model, batch).logits, run(model, dataclasses.replace(batch, inputs=changed)).logits
     close(after[:, :6], before[:, :6])
     assert not np.allclose(after[:, 6:], before[:, 6:])
 
 
-def test_a_bidirectional_model_reads_the_future():
-    model, batch = build(BIDIRECTIONAL, "step"), make_batch(masked=False)
+@pytest.mark.parametrize("coupling", ["shared", "cross_attention"])
+def test_a_bidirectional_model_reads_the_future(coupling):
+    model = build(dataclasses.replace(BIDIRECTIONAL, coupling=coupling), "step")
+    batch = make_batch(masked=False)
     changed = {m: np.concatenate([v[:, :1], -v[:, 1:]], 1) for m, v in batch.inputs.items()}
     first, other = (run(model, Batch(inputs)).logits[:, 0] for inputs in (batch.inputs, changed))
     assert np.abs(first - other).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "bidirectional"])
+@pytest.mark.parametrize("name", [*VARIANTS, "bidirectional", "attention"])
 def test_packed_sequences_do_not_see_each_other(name):
-    model = build({**VARIANTS, "bidirectional": BIDIRECTIONAL}[name], "step")
+    model = build({**VARIANTS, **BASELINES, "bidirectional": BIDIRECTIONAL}[name], "step")
     first, second = make_batch(length=5, seed=1), make_batch(length=4, seed=2)
     packed = jax.tree.map(lambda a, b: np.concatenate([a, b], 1), first, second)
     reset = np.zeros((2, 9), bool)
@@ -147,17 +155,17 @@ def test_packed_sequences_do_not_see_each_other(name):
     close(run(model, dataclasses.replace(packed, reset=reset)).logits, separate)
 
 
-@pytest.mark.parametrize("name", ["paper", "full", "readout", "released"])
+@pytest.mark.parametrize("name", ["paper", "full", "readout", "released", "attention"])
 def test_one_modality_influences_the_others(name):
     """The residual stream of one modality depends on another's input; with independent chains it does not."""
     batch = make_batch(masked=False)
     changed = dataclasses.replace(batch, inputs={**batch.inputs, "light": batch.inputs["light"] + 1})
 
     def pooled_sound(config):
-        model = build(config)
+        model = build(config)  # Sound is the first stream.
         return [run(model, b).state.pool.value[0] for b in (batch, changed)]
 
-    before, after = pooled_sound(VARIANTS[name])
+    before, after = pooled_sound((VARIANTS | BASELINES)[name])
     assert not np.allclose(before, after, atol=1e-6)
     before, after = pooled_sound(VARIANTS["independent"])
     np.testing.assert_array_equal(before, after)
@@ -194,9 +202,10 @@ def test_nothing_observed_gives_finite_logits_and_gradients():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "bidirectional"])
+@pytest.mark.parametrize("name", [*VARIANTS, *BASELINES, "bidirectional"])
 def test_every_parameter_learns(name):
-    model, batch = build({**VARIANTS, "bidirectional": BIDIRECTIONAL}[name]), make_batch(batch=8, masked=False)
+    models = {**VARIANTS, **BASELINES, "bidirectional": BIDIRECTIONAL}
+    model, batch = build(models[name]), make_batch(batch=8, masked=False)
     grads = nnx.jit(nnx.grad(lambda model: jnp.square(model(batch).logits).sum()))(model)
     dead = [jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(grads) if not np.any(np.asarray(g))]
     assert not dead
@@ -268,5 +277,12 @@ def test_options_that_do_not_fit_are_refused():
     model = build(BIDIRECTIONAL)
     with pytest.raises(UserError, match="use 'causal'"):
         model.step(model.init_state(2), {m: v[:, 0] for m, v in make_batch().inputs.items()})
+    model = build(BASELINES["attention"])
+    with pytest.raises(UserError, match="attention needs the whole sequence"):
+        model(make_batch(), state=model.init_state(2))
+    with pytest.raises(UserError, match="multiple of model.n_heads 3"):
+        build(dataclasses.replace(BASELINES["attention"], n_heads=3))
+    with pytest.raises(UserError, match="at least 2"):
+        build(dataclasses.replace(VARIANTS["released"], early_fusion="average"))
     with pytest.raises(UserError, match="rngs=nnx.Rngs"):
         build(dataclasses.replace(TINY, dropout=0.5))(make_batch(), train=True)

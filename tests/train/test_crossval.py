@@ -9,6 +9,7 @@ from cmamba_jax.config import ExperimentConfig, SyntheticConfig, TrainConfig, Wa
 from cmamba_jax.errors import UserError
 from cmamba_jax.train import crossval
 from cmamba_jax.train.experiment import RunResult
+from cmamba_jax.train.seeds import SeedsResult
 
 ACCURACY = [0.9, 0.7, 0.8]
 
@@ -72,3 +73,23 @@ def test_another_configuration_needs_another_folder(config, folds, tmp_path):
 def test_data_without_folds(config):
     with pytest.raises(UserError, match="SyntheticConfig has no folds"):
         crossval.cross_validate(dataclasses.replace(config, data=SyntheticConfig()))
+
+
+def test_seeds_of_a_fold_are_trained_together(config, monkeypatch):
+    """A fold counts with the mean of its seeds; a seed's deviation is that of its mean over the folds."""
+    values = {(fold, seed): 0.5 + 0.1 * fold + 0.01 * seed for fold in range(3) for seed in (1, 2)}
+
+    def fit_seeds(config):
+        own = [{"test": {"accuracy": values[config.data.fold, seed]}} for seed in config.train.seeds]
+        folder = pathlib.Path(config.train.run_dir)
+        mean = {"test": {"accuracy": float(np.mean([m["test"]["accuracy"] for m in own]))}}
+        return SeedsResult(folder, [RunResult(folder, metrics, folder) for metrics in own], mean, {})
+
+    monkeypatch.setattr(crossval, "fit_seeds", fit_seeds)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seeds=(1, 2)))
+    result = crossval.cross_validate(config, message=lambda text: None)
+    assert [fold["accuracy"] for fold in result.folds] == pytest.approx([0.515, 0.615, 0.715])
+    assert result.mean["accuracy"] == pytest.approx(0.615)
+    assert result.seed_std["accuracy"] == pytest.approx(np.std([0.61, 0.62], ddof=1))
+    assert [m["accuracy"] for m in result.seeds[1]] == pytest.approx([values[1, 1], values[1, 2]])
+    assert crossval.cross_validate(config, message=lambda text: None) == result

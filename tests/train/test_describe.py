@@ -25,6 +25,14 @@ def test_description(tiny_experiment):
     assert description["flops_per_sample"]["total"] == sum(list(description["flops_per_sample"].values())[1:])
 
 
+@pytest.mark.parametrize("changes", [{"coupling": "cross_attention"}, {"n_layers": 0}], ids=str)
+def test_a_model_without_scan(tiny_experiment, changes):
+    config = dataclasses.replace(tiny_experiment, model=dataclasses.replace(tiny_experiment.model, **changes))
+    description = describe(config)
+    assert description["scan"] == {"implementation": "none", "reason": "the model has no scan"}
+    assert description["flops_per_sample"]["scan"] == 0
+
+
 @pytest.mark.parametrize("coupling", ["shared", "full", "independent", "released"])
 def test_the_scan_and_why(tiny_experiment, coupling):
     config = dataclasses.replace(tiny_experiment, model=ModelConfig(d_model=4, d_state=2, coupling=coupling))

@@ -3,7 +3,7 @@ import numpy as np
 import optax
 import pytest
 
-from cmamba_jax.config import TaskConfig, TrainConfig
+from cmamba_jax.config import EvaluationConfig, TaskConfig, TrainConfig
 from cmamba_jax.errors import UserError
 from cmamba_jax.train import loop
 from cmamba_jax.train.checkpoint import Checkpoints, Position, load_last, load_params
@@ -139,7 +139,7 @@ def test_a_validation_loss_that_is_not_finite_stops(run):
 
 
 def test_monitor_has_to_be_a_metric_of_the_task():
-    loop.check_monitor("mae", TaskConfig())
-    loop.check_monitor("auc", TaskConfig(kind="classification", n_outputs=2))
+    loop.check_monitor("mae", TaskConfig(), EvaluationConfig())
+    loop.check_monitor("auc", TaskConfig(kind="classification", n_outputs=2), EvaluationConfig())
     with pytest.raises(UserError, match="unknown metric 'auc'; expected one of loss, accuracy, weighted_f1, macro_f1"):
-        loop.check_monitor("auc", TaskConfig(kind="classification", n_outputs=3))
+        loop.check_monitor("auc", TaskConfig(kind="classification", n_outputs=3), EvaluationConfig())
