@@ -186,16 +186,32 @@ def _transition(static: _Static, p: Problem) -> Array:
     if isinstance(p.coupling, Independent):
         product = jnp.exp(jnp.sum(dt, axis=2)[..., None] * A[:, None])
         return product if p.reset is None else jnp.where(jnp.any(p.reset, axis=1)[:, None, None], 0, product)
-    # Channels last, and the sum over modalities written out: one reduction over time that keeps nothing of its size.
+    idle = None if p.mask is None else ~jnp.any(p.mask, axis=0)
     log_gain = p.coupling.log_gain.astype(jnp.float32)
-    decay = sum(
-        jnp.exp(dt[m][None] * A[m].T[:, None, None] + log_gain[m][:, None, None, None]) for m in range(dt.shape[0])
-    )  # [N, B, L, D]
-    if p.mask is not None:
-        decay = jnp.where(jnp.any(p.mask, axis=0)[..., None], decay, 1)
-    if p.reset is not None:
-        decay = jnp.where(p.reset[..., None], 0, decay)
-    return jnp.moveaxis(jnp.prod(decay, axis=2), 0, -1)
+
+    def product(dt: Array, idle: Array | None, reset: Array | None) -> Array:
+        """Of the steps given, [N, B, D]; the sum over modalities written out, so that it fuses into the product."""
+        decay = sum(
+            jnp.exp(dt[m][None] * A[m].T[:, None, None] + log_gain[m][:, None, None, None]) for m in range(dt.shape[0])
+        )  # [N, B, T, D]
+        if idle is not None:
+            decay = jnp.where(idle[..., None], 1, decay)
+        if reset is not None:
+            decay = jnp.where(reset[..., None], 0, decay)
+        return jnp.prod(decay, axis=2)
+
+    # A compiler that does not fuse it keeps [N, B, T, D]: a number of chunks makes that a fraction of dt.
+    m, _, length, _ = dt.shape
+    steps = max(1, length * m // (8 * A.shape[-1]))
+    whole = length // steps * steps
+
+    def chunk(index: Array, total: Array) -> Array:
+        at = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * steps, slice_size=steps)
+        return total * product(at(dt, axis=2), *(None if v is None else at(v, axis=1) for v in (idle, p.reset)))
+
+    rest = product(dt[:, :, whole:], *(None if v is None else v[:, whole:] for v in (idle, p.reset)))
+    _, rest = vary((dt, rest))  # an empty product is a constant
+    return jnp.moveaxis(jax.lax.fori_loop(0, length // steps, chunk, rest), 0, -1)
 
 
 def _prefix(static: _Static, transition: Array, end: Array, *, backwards: bool = False) -> Array:

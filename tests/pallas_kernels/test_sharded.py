@@ -98,7 +98,8 @@ def test_a_reset_or_a_long_gap_on_one_device_is_exact():
 
 def collectives(text):
     """Names and result bytes of the collectives of a compiled program."""
-    pattern = r"= \(?(\w+)\[([\d,]*)\][^=]*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    pattern = rf"= \(?(\w+)\[([\d,]*)\][^=]*? ({kinds})(?:-start)?\("
     return [
         (name, int(np.prod([int(n) for n in sizes.split(",") if n])) * (4 if dtype.endswith("32") else 2))
         for dtype, sizes, name in re.findall(pattern, text)
