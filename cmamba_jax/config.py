@@ -65,6 +65,9 @@ class ModelConfig:
     """Dropout on the output of each block and before the head (not stated in the paper)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and matrix products; parameters and scan states stay float32."""
+    remat: Literal["none", "layer", "dots"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, whole layers (the least memory), or all
+    of a layer but its matrix products."""
     scan: str | None = None
     """Implementation of the coupled scan; None: the fastest tested one for this device."""
 
@@ -206,6 +209,29 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over devices; results are those of one device whatever is chosen."""
+
+    strategy: Literal["jit", "pmap"] = "jit"
+    """jit: one program partitioned over the mesh below (NamedSharding); pmap: a plain replica on each of `data`
+    devices, which exchange gradients only."""
+    data: int = 1
+    """Devices that share out the samples of a batch; 0: all that the other axes leave."""
+    fsdp: int = 1
+    """Devices that share out samples, and parameters and optimizer state too."""
+    tensor: int = 1
+    """Devices that share out the channels D of the scan."""
+    sequence: int = 1
+    """Devices that share out the time steps L of a sequence."""
+    multi_host: Literal["auto", "on", "off"] = "auto"
+    """Whether several processes train together; auto: where Slurm, Open MPI or a TPU pod started them."""
+    coordinator: str | None = None
+    """Address HOST:PORT of process 0, for processes that one started oneself; None: from the cluster."""
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything that determines a run."""
 
@@ -217,3 +243,4 @@ class ExperimentConfig:
     pipeline: PipelineConfig = PipelineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()

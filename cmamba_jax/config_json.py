@@ -34,6 +34,12 @@ _AT_LEAST = {
     "train.patience": 1,
     "train.checkpoint_every": 1,
     "train.log_every": 1,
+    "parallel.data": 0,
+    "parallel.fsdp": 1,
+    "parallel.tensor": 1,
+    "parallel.sequence": 1,
+    "parallel.num_processes": 1,
+    "parallel.process_id": 0,
 }
 _BELOW = {"model.dropout": 1, "train.label_smoothing": 1, "optimizer.b1": 1, "optimizer.b2": 1}
 

@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from cmamba_jax.errors import UserError
 from cmamba_jax.train.runs import write_json
-from cmamba_jax.train.state import Params, TrainState
+from cmamba_jax.train.state import Params, Strategy, TrainState
 
 _SEAL = "files.json"
 """Checksums of all files of a checkpoint, in its folder."""
@@ -49,10 +49,12 @@ class Checkpoints:
 
     Args:
         folder: the run's ``checkpoints`` folder.
+        strategy: how the states lie on the devices; what is saved depends on neither strategy nor mesh.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, strategy: Strategy | None = None):
         self._folder = folder
+        self._strategy = strategy or Strategy()
         self._keepers = {name: _open(folder / name, keep) for name, keep in (("best", 1), ("last", 2))}
 
     def __enter__(self) -> "Checkpoints":
@@ -74,7 +76,9 @@ class Checkpoints:
         for newer in [c.step for c in keeper.checkpoints if c.step >= position.step]:
             keeper.delete(newer)
         keeper.save_checkpointables(
-            position.step, _parts(state), custom_metadata={"position": dataclasses.asdict(position)}
+            position.step,
+            _parts(self._strategy.portable(state)),
+            custom_metadata={"position": dataclasses.asdict(position)},
         )
         _seal(self._folder / name / str(position.step))
 
@@ -89,12 +93,13 @@ def exists(folder: pathlib.Path) -> bool:
     return bool(_steps(folder / "last"))
 
 
-def load_last(folder: pathlib.Path, like: TrainState) -> tuple[TrainState, Position]:
+def load_last(folder: pathlib.Path, like: TrainState, strategy: Strategy | None = None) -> tuple[TrainState, Position]:
     """Loads the newest training state.
 
     Args:
         folder: the run's ``checkpoints`` folder.
         like: a state of the same model and optimizer; gives structure, shapes, dtypes and devices.
+        strategy: what `like` was placed by; the run that saved may have had another one.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it belongs to another model; says what to do.
@@ -106,11 +111,12 @@ def load_last(folder: pathlib.Path, like: TrainState) -> tuple[TrainState, Posit
         if others
         else f"delete {path.parent} and start the run again"
     )
-    parts, position = _load(path, _parts(like), cure)
+    strategy = strategy or Strategy()
+    parts, position = _load(path, _parts(strategy.portable(like)), cure)
     training = parts["training"]
     key = jax.random.wrap_key_data(training["key"])
     state = TrainState(training["step"], parts["params"], training["opt_state"], key)
-    return state, position
+    return strategy.place(state), position
 
 
 def load_params(folder: pathlib.Path, like: Params, *, name: str = "best") -> tuple[Params, Position]:

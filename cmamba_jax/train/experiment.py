@@ -20,7 +20,7 @@ from cmamba_jax.config import ExperimentConfig
 from cmamba_jax.data import DataInfo, Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
+from cmamba_jax.train import checkpoint, loop, optimizer, parallel, runs, state
 from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
 from cmamba_jax.train.report import write_report
@@ -82,12 +82,15 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     info = splits.info
     config = resolve(config, info)
     loop.check_monitor(config.train.monitor, info.task)
-    pipeline = Pipeline(splits, config.pipeline, seed=config.train.seed)
+    strategy = parallel.make_strategy(config)
+    pipeline = Pipeline(
+        splits, config.pipeline, seed=config.train.seed, length_multiple=parallel.length_multiple(config)
+    )
     model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
     graphdef, params = state.split_model(model)
-    predict = state.make_predict_step(graphdef)
+    predict = state.make_predict_step(graphdef, strategy)
     # Traces the model, so that what it cannot do shows before there is a folder.
-    jax.eval_shape(predict, params, next(iter(pipeline.batches("valid"))))
+    jax.eval_shape(state.make_predict_step(graphdef), params, next(iter(pipeline.batches("valid"))))
 
     run_dir = runs.open_run(config)
     runs.write_info(run_dir, info)
@@ -99,27 +102,29 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     gradient_transformation = optimizer.make_optimizer(config.optimizer, schedule)
     loss_sum = make_loss_sum(info.task, config.train)
     evaluate = Evaluator(predict, loss_sum, info.task)
-    train_state = state.init_state(params, gradient_transformation, seed=config.train.seed)
+    train_state = strategy.place(state.init_state(params, gradient_transformation, seed=config.train.seed))
     position = checkpoint.Position()
-    batches: Any = pipeline.train()  # A grain iterator, whose state can be read and set.
+    batch_size = config.pipeline.batch_size
+    # A grain iterator, whose state can be read and set.
+    batches: Any = strategy.feed(pipeline.train(strategy.rows(batch_size)), batch_size)
     checkpoint_dir = run_dir / "checkpoints"
     if config.train.resume and checkpoint.exists(checkpoint_dir):
-        train_state, position = checkpoint.load_last(checkpoint_dir, train_state)
+        train_state, position = checkpoint.load_last(checkpoint_dir, train_state, strategy)
         batches.set_state(position.data)
 
     writer = MetricWriter(run_dir, start_step=position.step)
     progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=_shows_bar(config))
     try:
-        with checkpoint.Checkpoints(checkpoint_dir) as checkpoints:
+        with checkpoint.Checkpoints(checkpoint_dir, strategy) as checkpoints:
             train_state, position = loop.train(
                 train_state,
                 position,
                 config=config.train,
-                train_step=state.make_train_step(graphdef, gradient_transformation, loss_sum),
-                validate=lambda params: evaluate(params, pipeline.batches("valid")).metrics,
+                train_step=state.make_train_step(graphdef, gradient_transformation, loss_sum, strategy),
+                validate=lambda params: evaluate(strategy.portable(params), pipeline.batches("valid")).metrics,
                 batches=batches,
                 steps_per_epoch=pipeline.steps_per_epoch,
-                batch_size=config.pipeline.batch_size,
+                batch_size=batch_size,
                 learning_rate=lambda step: np.asarray(schedule((step - 1) // config.optimizer.accumulate)).item(),
                 checkpoints=checkpoints,
                 writer=writer,
@@ -129,7 +134,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         progress.close()
         writer.close()
 
-    best, _ = checkpoint.load_params(checkpoint_dir, train_state.params)
+    best, _ = checkpoint.load_params(checkpoint_dir, strategy.portable(train_state.params))
     test = evaluate(best, pipeline.batches("test"))
     metrics = {"valid": evaluate(best, pipeline.batches("valid")).metrics, "test": test.metrics}
     report = write_report(

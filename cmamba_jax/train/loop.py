@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cmamba_jax.batch import Batch
@@ -182,8 +183,8 @@ def _describe(step: int, epoch: int, metrics: StepMetrics, state: TrainState) ->
     """Where a step broke. `state` may be a later one: the step's guard keeps the parameters from before it."""
     names = parameter_names(state.params)
     gradients = [n for n, square in zip(names, np.asarray(metrics.squares), strict=True) if not np.isfinite(square)]
-    leaves = jax.tree.leaves(jax.device_get(state.params))
-    parameters = [n for n, leaf in zip(names, leaves, strict=True) if not np.isfinite(leaf).all()]
+    leaves = jax.tree.leaves(state.params)
+    parameters = [n for n, leaf in zip(names, leaves, strict=True) if not bool(jnp.isfinite(leaf).all())]
     return (
         f"training stopped at step {step} (epoch {epoch}): the loss is {float(metrics.loss)}; "
         f"gradients not finite: {_listed(gradients)}; parameters not finite: {_listed(parameters)}; {_CURE}"

@@ -113,7 +113,7 @@ def sequence_parallel_scan(
         initial_state = jnp.zeros(problem.state_shape, jnp.float32)
     problem = dataclasses.replace(problem, initial_state=initial_state.astype(jnp.float32))
     out = _scan(_Static(axis_name, reverse, implementation), vary(problem, [axis_name]))
-    last = _rank(axis_name, reverse) == jax.lax.axis_size(axis_name) - 1
+    last = rank_of(axis_name, reverse) == jax.lax.axis_size(axis_name) - 1
     return ScanOutput(y=out.y, final_state=jax.lax.psum(jnp.where(last, out.final_state, 0), axis_name))
 
 
@@ -131,10 +131,10 @@ def _scan_forward(static: _Static, problem: Problem) -> tuple[ScanOutput, Any]:
 
 def _scan_backward(static: _Static, saved: Any, bar: ScanOutput) -> tuple[Problem]:
     vjp, transition, switches = saved
-    rank, size = _rank(static.axis, static.reverse), jax.lax.axis_size(static.axis)
+    rank, size = rank_of(static.axis, static.reverse), jax.lax.axis_size(static.axis)
     # `bar.final_state` is that of the whole sequence on the last device, and zero on all others.
     leaving = vjp(bar)[0].initial_state
-    arriving = _shift(static.axis, -1, static.reverse, _prefix(static, _transpose(transition), leaving, backwards=True))
+    arriving = shift(static.axis, -1, static.reverse, _prefix(static, _transpose(transition), leaving, backwards=True))
     final_bar = jnp.where(rank == size - 1, bar.final_state, arriving)
     grads = vjp(ScanOutput(y=bar.y, final_state=final_bar))[0]
     initial_bar = jnp.where(rank == 0, grads.initial_state, 0)
@@ -161,11 +161,11 @@ def _local(static: _Static, problem: Problem) -> ScanOutput:
 
 def _entering(static: _Static, p: Problem) -> tuple[Array, Array]:
     """The state that enters this device's first step, and the product of its transitions."""
-    rank = _rank(static.axis, static.reverse)
+    rank = rank_of(static.axis, static.reverse)
     first = jnp.where(rank == 0, p.initial_state, 0)
     end = _local(static, dataclasses.replace(p, initial_state=first)).final_state
     transition = _transition(static, p)
-    before = _shift(static.axis, 1, static.reverse, _prefix(static, transition, end))
+    before = shift(static.axis, 1, static.reverse, _prefix(static, transition, end))
     return jnp.where(rank == 0, p.initial_state, before), transition
 
 
@@ -218,11 +218,11 @@ def _prefix(static: _Static, transition: Array, end: Array, *, backwards: bool =
     """The end states after all devices up to this one (backwards: from this one on), by recursive doubling."""
     sign = -1 if backwards else 1
     size = jax.lax.axis_size(static.axis)
-    rank = _rank(static.axis, static.reverse)
+    rank = rank_of(static.axis, static.reverse)
     rank = size - 1 - rank if backwards else rank
     distance = 1
     while distance < size:
-        send = functools.partial(_shift, static.axis, sign * distance, static.reverse)
+        send = functools.partial(shift, static.axis, sign * distance, static.reverse)
         end = _apply(transition, send(end)) + end  # those without a sender receive zeros
         if 2 * distance < size:
             transition = jnp.where(rank >= distance, _compose(transition, send(transition)), transition)
@@ -230,13 +230,13 @@ def _prefix(static: _Static, transition: Array, end: Array, *, backwards: bool =
     return end
 
 
-def _rank(axis: str, reverse: bool) -> Array:
+def rank_of(axis: str, reverse: bool) -> Array:
     """Place of this device in the order of processing."""
     index = jax.lax.axis_index(axis)
     return jax.lax.axis_size(axis) - 1 - index if reverse else index
 
 
-def _shift(axis: str, distance: int, reverse: bool, values: Array) -> Array:
+def shift(axis: str, distance: int, reverse: bool, values: Array) -> Array:
     """The values of the device `distance` places before this one in the order of processing; zeros without one."""
     size = jax.lax.axis_size(axis)
     step = -distance if reverse else distance
