@@ -36,11 +36,9 @@ GPU_MISSING = "no XLA:GPU compiler is installed: pip install 'jax[cuda13]' (no G
 
 def gpu_available() -> bool:
     """Whether the CUDA plugin of JAX, which holds XLA's compiler for GPUs, is installed."""
-    return (
-        any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12))
-        if (importlib.util.find_spec("jax_plugins"))
-        else False
-    )
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12))
 
 
 def devices(platform: str, topology: str) -> list[Any]:

@@ -35,7 +35,7 @@ CHANNELS = {
     "out_proj": 1,
 }
 """Parameters with an axis of channels D, and which one it is."""
-_SMALLEST = 1024
+SMALLEST = 1024
 """Elements from which on `fsdp` cuts a parameter: less is not worth a gathering."""
 
 
@@ -231,7 +231,7 @@ class MeshStrategy(Strategy):
         if channel is not None and self.mesh.shape["tensor"] > 1 and len(shape) > channel:
             places[channel] = "tensor"
         ways = self.mesh.shape["fsdp"]
-        if fsdp and ways > 1 and math.prod(shape) >= _SMALLEST:
+        if fsdp and ways > 1 and math.prod(shape) >= SMALLEST:
             free = [i for i, size in enumerate(shape) if places[i] is None and size % ways == 0]
             if free:
                 places[max(free, key=lambda i: shape[i])] = "fsdp"

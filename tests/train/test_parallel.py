@@ -18,6 +18,7 @@ from cmamba_jax.config import (
     TaskConfig,
     TrainConfig,
 )
+from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import optimizer, parallel, state
 from cmamba_jax.train.objective import make_loss_sum
@@ -32,7 +33,7 @@ CONFIG = ExperimentConfig(
     model=ModelConfig(
         d_model=8,
         d_state=4,
-        n_layers=2,
+        n_layers=1,
         head_hidden=8,
         dropout=0.2,
         direction="bidirectional",
@@ -65,6 +66,14 @@ class Batches:
     def __next__(self):
         self._next += 1
         return jax.tree.map(lambda v: v[self._rows], batch_of(self._next))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cut_everything():
+    """The parameters here are smaller than what is worth cutting."""
+    smallest, parallel.SMALLEST = parallel.SMALLEST, 16
+    yield
+    parallel.SMALLEST = smallest
 
 
 def build(config):
@@ -103,7 +112,6 @@ LAYOUTS = [
     {"fsdp": 8},
     {"tensor": 8},
     {"sequence": 8},
-    {"data": 2, "fsdp": 2, "sequence": 2},
     {"fsdp": 2, "tensor": 2, "sequence": 2},
 ]
 
@@ -117,12 +125,58 @@ def test_fifty_steps_are_those_of_one_device(one_device, layout):
     assert losses[-10:].mean() < losses[:10].mean()
 
 
-def compiled_text(config):
+def collectives(config, length=LENGTH):
+    """Kinds of the collectives of a compiled step and the shapes of their results."""
     strategy, step, train_state, _ = build(config)
-    return step.lower(train_state, next(strategy.feed(Batches(strategy.rows(BATCH)), BATCH))).compile().as_text()
-
-
-def collectives(text):
-    """Kinds of the collectives of a compiled program and the shapes of their results."""
+    batch = dataclasses.replace(
+        batch_of(0),
+        inputs={m: np.zeros((BATCH, length, f), np.float32) for m, f in FEATURES.items()},
+        mask={m: np.ones((BATCH, length), bool) for m in FEATURES},
+    )
+    program = step.lower(train_state, strategy.place_batch(batch)).compile().as_text()
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return re.findall(rf"= (\(?\w+\[[^=]*?) ({kinds})(?:-start)?\(", text)
+    return re.findall(rf"= (\(?\w+\[[^=]*?) ({kinds})(?:-start)?\(", program)
+
+
+def test_time_is_never_gathered_and_its_communication_does_not_grow():
+    config = with_parallel(data=2, sequence=4)
+    short, long = collectives(config), collectives(config, 3 * LENGTH)
+    assert sorted(short) == sorted(long)
+    assert {kind for _, kind in short} == {"all-reduce", "collective-permute"}
+
+
+def test_fsdp_cuts_parameters_and_statistics():
+    strategy, _, train_state, _ = build(with_parallel(fsdp=8))
+    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(train_state))
+    assert held < sum(leaf.size for leaf in jax.tree.leaves(train_state)) / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": ParallelConfig(data=16)}, r"need 16 devices, but there are 8; lower them"),
+        ({"parallel": ParallelConfig(strategy="pmap", data=2, fsdp=2)}, "pmap makes replicas: it takes data alone"),
+        ({"parallel": ParallelConfig(data=3)}, "batch_size is 8, expected a multiple of the 3 devices"),
+        ({"parallel": ParallelConfig(tensor=3)}, "d_model is 16, expected a multiple of the 3 devices"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        parallel.make_strategy(dataclasses.replace(CONFIG, **changes))
+
+
+def test_a_device_with_fewer_steps_than_a_convolution_looks_back_is_refused():
+    with pytest.raises(UserError, match="looks 3 steps back, but 16 steps over 8 devices leave 2 steps a device"):
+        collectives(with_parallel(sequence=8), 16)
+
+
+def test_data_zero_takes_the_devices_that_are_left():
+    assert parallel.resolve_sizes(ParallelConfig(data=0, sequence=2), 8)["data"] == 4
+
+
+@pytest.mark.parametrize("remat", ["layer", "dots"])
+def test_rematerialised_layers_change_nothing_but_memory(remat, one_device):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat=remat))
+    losses, norms, _ = curve(config, 3)
+    np.testing.assert_allclose(losses, one_device[0][:3], rtol=1e-6)
+    np.testing.assert_allclose(norms, one_device[1][:3], rtol=1e-5)
