@@ -42,6 +42,8 @@ CONFIG is a Python file with a function config() -> ExperimentConfig, such as co
 def main(argv: list[str] | None = None) -> None:
     """Runs a command and exits: 0, or 2 after a user's mistake, which is one message without a traceback.
 
+    75 means that training was told to stop (SIGTERM) and has saved its state.
+
     Args:
         argv: words after ``cmamba``; None: those of the process.
     """
@@ -81,8 +83,13 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _train(words: list[str]) -> None:
     config = _parse_config("train", words)
     from cmamba_jax.train import fit
+    from cmamba_jax.train.preemption import EXIT_CODE, Preempted
 
-    result = fit(config)
+    try:
+        result = fit(config)
+    except Preempted as stop:
+        print(f"cmamba: told to stop (SIGTERM): {stop}; the same command with --resume continues", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     _print_metrics("test", result.metrics["test"])
     print(f"report: {result.report}")
 

@@ -196,6 +196,10 @@ class TrainConfig:
     """Epochs without improvement before stopping; None: never stop early."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints of the full training state."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept besides the best; older ones are deleted."""
+    profile_steps: int = 0
+    """Steps that JAX's profiler traces into RUN_DIR/profile; 0: none."""
     log_every: int = 10
     """Steps between two log records."""
     output: str = "runs"

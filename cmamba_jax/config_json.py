@@ -33,6 +33,8 @@ _AT_LEAST = {
     "train.label_smoothing": 0,
     "train.patience": 1,
     "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.profile_steps": 0,
     "train.log_every": 1,
     "parallel.data": 0,
     "parallel.fsdp": 1,

@@ -23,6 +23,8 @@ from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import checkpoint, loop, optimizer, parallel, runs, state
 from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
+from cmamba_jax.train.preemption import Preemption
+from cmamba_jax.train.profile import Profiler
 from cmamba_jax.train.report import write_report
 from cmamba_jax.train.writers import MetricWriter, Progress, read_history
 
@@ -74,6 +76,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
 
     Raises:
         UserError: the configuration, the folder of the run or a checkpoint is wrong, or training diverged.
+        Preempted: the process received SIGTERM; the state is saved, ``train.resume`` continues.
         DataError: the data is not as expected.
     """
     started = time.perf_counter()
@@ -114,8 +117,12 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
 
     writer = MetricWriter(run_dir, start_step=position.step)
     progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=_shows_bar(config))
+    profiler = Profiler(run_dir / "profile", config.train.profile_steps)
     try:
-        with checkpoint.Checkpoints(checkpoint_dir, strategy) as checkpoints:
+        with (
+            Preemption() as preemption,
+            checkpoint.Checkpoints(checkpoint_dir, strategy, keep=config.train.keep_checkpoints) as checkpoints,
+        ):
             train_state, position = loop.train(
                 train_state,
                 position,
@@ -129,8 +136,11 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
                 checkpoints=checkpoints,
                 writer=writer,
                 progress=progress,
+                preempted=preemption.requested,
+                profiler=profiler,
             )
     finally:
+        profiler.close()
         progress.close()
         writer.close()
 

@@ -1,8 +1,10 @@
 """The training loop."""
 
+import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,6 +16,8 @@ from cmamba_jax.config import TaskConfig, TrainConfig
 from cmamba_jax.errors import UserError
 from cmamba_jax.metrics import METRICS, TASK_METRICS
 from cmamba_jax.train.checkpoint import Checkpoints, Position
+from cmamba_jax.train.preemption import Preempted
+from cmamba_jax.train.profile import Profiler
 from cmamba_jax.train.state import Params, StepMetrics, TrainState, parameter_names
 from cmamba_jax.train.writers import MetricWriter, Progress
 
@@ -61,6 +65,8 @@ def train(
     checkpoints: Checkpoints,
     writer: MetricWriter,
     progress: Progress,
+    preempted: Callable[[int], bool] = lambda step: False,
+    profiler: Profiler | None = None,
 ) -> tuple[TrainState, Position]:
     """Trains until the last epoch or until early stopping.
 
@@ -81,20 +87,29 @@ def train(
         checkpoints: where to save.
         writer: where the metrics go.
         progress: what the user sees.
+        preempted: whether to save and stop after a step, see `preemption`.
+        profiler: traces a few steps.
 
     Returns:
         The final state and position.
 
     Raises:
+        Preempted: `preempted` said so; the state is saved.
         NonFiniteError: the loss, the gradient or the validation loss is not finite; names step and parameters.
     """
     while position.epoch < config.epochs and not stopped(position, config):
         epoch, started = position.epoch + 1, time.perf_counter()
-        log = _EpochLog(epoch, config.log_every, batch_size, learning_rate, writer, progress)
-        step = position.step
-        for step in range(position.step + 1, position.step + steps_per_epoch + 1):
-            state, metrics = train_step(state, next(batches))
+        log = _EpochLog(epoch, config.log_every, batch_size, learning_rate, writer, progress, position.losses)
+        step, end = position.step, epoch * steps_per_epoch
+        for step in range(position.step + 1, end + 1):
+            with profiler.step(step) if profiler else contextlib.nullcontext():
+                state, metrics = train_step(state, next(batches))
             log.add(step, metrics, state)
+            if step < end and preempted(step):
+                log.read(state)
+                position = dataclasses.replace(position, step=step, data=batches.get_state(), losses=log.unwritten)
+                checkpoints.save("last", state, position)
+                raise Preempted(f"saved at step {step}")
         log.read(state, last=True)
 
         values = validate(state.params)
@@ -117,8 +132,11 @@ def train(
         )
         if improved:
             checkpoints.save("best", state, position)
-        if epoch % config.checkpoint_every == 0 or epoch == config.epochs or stopped(position, config):
+        told = preempted(step)
+        if told or epoch % config.checkpoint_every == 0 or epoch == config.epochs or stopped(position, config):
             checkpoints.save("last", state, position)
+        if told:
+            raise Preempted(f"saved at step {step}")
     return state, position
 
 
@@ -145,16 +163,21 @@ class _EpochLog:
         learning_rate: Callable[[int], float],
         writer: MetricWriter,
         progress: Progress,
+        losses: Iterable[float],
     ):
         self._epoch, self._every, self._batch_size, self._learning_rate = epoch, every, batch_size, learning_rate
         self._writer, self._progress = writer, progress
         self._pending: tuple[int, StepMetrics] | None = None
-        self._losses: list[float] = []
+        self._losses = list(losses)
         self._written, self._time = 0, time.perf_counter()
 
     @property
     def mean_loss(self) -> float:
         return float(np.mean(self._losses))
+
+    @property
+    def unwritten(self) -> tuple[float, ...]:
+        return tuple(self._losses[self._written :])
 
     def add(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
         """Takes the metrics of a step and reads those of the one before, while the device computes this one."""
@@ -165,7 +188,7 @@ class _EpochLog:
         """Waits for the metrics that are pending."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        (step, metrics), self._pending = self._pending, None
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(_describe(step, self._epoch, metrics, state))

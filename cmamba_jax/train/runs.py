@@ -13,7 +13,7 @@ from cmamba_jax.errors import UserError
 
 _MAY_CHANGE = {
     *(f"train.{name}" for name in ("epochs", "patience", "checkpoint_every", "log_every", "progress")),
-    *(f"train.{name}" for name in ("output", "run_dir", "resume")),
+    *(f"train.{name}" for name in ("output", "run_dir", "resume", "keep_checkpoints", "profile_steps")),
     *(f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)),
     "model.remat",
     "pipeline.eval_batch_size",
