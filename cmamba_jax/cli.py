@@ -90,8 +90,11 @@ def _train(words: list[str]) -> None:
     except Preempted as stop:
         print(f"cmamba: told to stop (SIGTERM): {stop}; the same command with --resume continues", file=sys.stderr)
         sys.exit(EXIT_CODE)
-    _print_metrics("test", result.metrics["test"])
-    print(f"report: {result.report}")
+    from cmamba_jax.train.cluster import is_lead
+
+    if is_lead():
+        _print_metrics("test", result.metrics["test"])
+        print(f"report: {result.report}")
 
 
 def _crossval(words: list[str]) -> None:

@@ -232,7 +232,11 @@ class ParallelConfig:
     coordinator: str | None = None
     """Address HOST:PORT of process 0, for processes that one started oneself; None: from the cluster."""
     num_processes: int | None = None
+    """Processes that train together."""
     process_id: int | None = None
+    """Number of this process, from 0."""
+    heartbeat_seconds: int = 100
+    """Time without a sign of life after which a process counts as dead, and the others stop."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ _AT_LEAST = {
     "parallel.sequence": 1,
     "parallel.num_processes": 1,
     "parallel.process_id": 0,
+    "parallel.heartbeat_seconds": 1,
 }
 _BELOW = {"model.dropout": 1, "train.label_smoothing": 1, "optimizer.b1": 1, "optimizer.b2": 1}
 

@@ -20,13 +20,13 @@ from cmamba_jax.config import ExperimentConfig
 from cmamba_jax.data import DataInfo, Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train import checkpoint, loop, optimizer, parallel, runs, state
+from cmamba_jax.train import checkpoint, cluster, loop, optimizer, parallel, runs, state
 from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
 from cmamba_jax.train.preemption import Preemption
 from cmamba_jax.train.profile import Profiler
 from cmamba_jax.train.report import write_report
-from cmamba_jax.train.writers import MetricWriter, Progress, read_history
+from cmamba_jax.train.writers import MetricWriter, Progress, Silence, read_history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     """
     started = time.perf_counter()
     config_json.check(config)
+    cluster.initialize(config.parallel)
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
@@ -95,9 +96,13 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     # Traces the model, so that what it cannot do shows before there is a folder.
     jax.eval_shape(state.make_predict_step(graphdef), params, next(iter(pipeline.batches("valid"))))
 
-    run_dir = runs.open_run(config)
-    runs.write_info(run_dir, info)
-    runs.write_json(run_dir / "normalizer.json", pipeline.normalizer.to_dict())
+    def open_run() -> str:
+        folder = runs.open_run(config)
+        runs.write_info(folder, info)
+        runs.write_json(folder / "normalizer.json", pipeline.normalizer.to_dict())
+        return str(folder)
+
+    lead, run_dir = cluster.is_lead(), pathlib.Path(cluster.from_lead(open_run))
 
     schedule = optimizer.make_schedule(
         config.optimizer, steps_per_epoch=pipeline.steps_per_epoch, epochs=config.train.epochs
@@ -115,8 +120,9 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         train_state, position = checkpoint.load_last(checkpoint_dir, train_state, strategy)
         batches.set_state(position.data)
 
-    writer = MetricWriter(run_dir, start_step=position.step)
-    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=_shows_bar(config))
+    n_steps = config.train.epochs * pipeline.steps_per_epoch
+    writer = MetricWriter(run_dir, start_step=position.step) if lead else Silence()
+    progress = Progress(n_steps, position.step, enabled=_shows_bar(config)) if lead else Silence()
     profiler = Profiler(run_dir / "profile", config.train.profile_steps)
     try:
         with (
@@ -147,17 +153,20 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     best, _ = checkpoint.load_params(checkpoint_dir, strategy.portable(train_state.params))
     test = evaluate(best, pipeline.batches("test"))
     metrics = {"valid": evaluate(best, pipeline.batches("valid")).metrics, "test": test.metrics}
-    report = write_report(
-        run_dir,
-        config=config,
-        info=info,
-        metrics=metrics,
-        history=read_history(run_dir),
-        logits=test.logits,
-        labels=test.labels,
-        coupling_tables=nnx.merge(graphdef, best).coupling_tables(),
-        facts=_facts(best, position, time.perf_counter() - started),
-    )
+    best, report = cluster.to_host(best), run_dir / "report" / "index.html"
+    if lead:
+        report = write_report(
+            run_dir,
+            config=config,
+            info=info,
+            metrics=metrics,
+            history=read_history(run_dir),
+            logits=test.logits,
+            labels=test.labels,
+            coupling_tables=nnx.merge(graphdef, best).coupling_tables(),
+            facts=_facts(config, best, position, time.perf_counter() - started),
+        )
+    cluster.wait_for_all("report")
     return RunResult(run_dir, metrics, report)
 
 
@@ -189,14 +198,16 @@ def _shows_bar(config: ExperimentConfig) -> bool:
     return config.train.progress == "on"
 
 
-def _facts(params: state.Params, position: checkpoint.Position, seconds: float) -> dict[str, str]:
+def _facts(
+    config: ExperimentConfig, params: state.Params, position: checkpoint.Position, seconds: float
+) -> dict[str, str]:
     versions: dict[str, Any] = {"cmamba_jax": cmamba_jax, "jax": jax, "flax": flax, "optax": optax}
     return {
         "Parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
         "Epochs": f"{position.epoch}, best {position.best_epoch}",
         "Steps": f"{position.step:,}",
         "Time": f"{seconds:.0f} s",
-        "Device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "Device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})" + parallel.describe(config),
         "Versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         + f", Python {platform.python_version()}",
     }

@@ -19,7 +19,7 @@ from cmamba_jax.train.checkpoint import Checkpoints, Position
 from cmamba_jax.train.preemption import Preempted
 from cmamba_jax.train.profile import Profiler
 from cmamba_jax.train.state import Params, StepMetrics, TrainState, parameter_names
-from cmamba_jax.train.writers import MetricWriter, Progress
+from cmamba_jax.train.writers import MetricWriter, Progress, Silence
 
 _CURE = "lower optimizer.learning_rate, set optimizer.clip_norm, or look for extreme values in the data"
 
@@ -63,8 +63,8 @@ def train(
     batch_size: int,
     learning_rate: Callable[[int], float],
     checkpoints: Checkpoints,
-    writer: MetricWriter,
-    progress: Progress,
+    writer: MetricWriter | Silence,
+    progress: Progress | Silence,
     preempted: Callable[[int], bool] = lambda step: False,
     profiler: Profiler | None = None,
 ) -> tuple[TrainState, Position]:
@@ -161,8 +161,8 @@ class _EpochLog:
         every: int,
         batch_size: int,
         learning_rate: Callable[[int], float],
-        writer: MetricWriter,
-        progress: Progress,
+        writer: MetricWriter | Silence,
+        progress: Progress | Silence,
         losses: Iterable[float],
     ):
         self._epoch, self._every, self._batch_size, self._learning_rate = epoch, every, batch_size, learning_rate

@@ -106,6 +106,13 @@ def length_multiple(config: ExperimentConfig) -> int:
     return config.parallel.sequence * (config.model.frame if config.parallel.sequence > 1 else 1)
 
 
+def describe(config: ExperimentConfig) -> str:
+    """How a run is spread, for the report; empty for one device."""
+    sizes = resolve_sizes(config.parallel, jax.device_count())
+    spread = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return f", {config.parallel.strategy} over {', '.join(spread)}" if spread else ""
+
+
 def make_mesh(sizes: dict[str, int]) -> Mesh:
     """A mesh over the first devices, neighbours along the last axes."""
     shape = tuple(sizes[name] for name in AXES)
@@ -281,14 +288,23 @@ class Replicas(Strategy):
         def copies(leaf: jax.Array) -> jax.Array:
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return jax.random.wrap_key_data(copies(jax.random.key_data(leaf)))
-            parts = [jax.device_put(leaf[None], device) for device in self.local]
+            own = leaf.addressable_data(0)
+            parts = [jax.device_put(own[None], device) for device in self.local]
             return jax.make_array_from_single_device_arrays((len(parts), *leaf.shape), sharding, parts)
 
         return jax.tree.map(copies, state)
 
     def portable(self, tree: Any) -> Any:
-        """The copy of this process's first device."""
-        return jax.tree.map(lambda leaf: leaf[0], tree)
+        """The copies as one replicated array."""
+        sharding = NamedSharding(Mesh(np.array(self.devices), (self.axis,)), PartitionSpec())
+
+        def one(leaf: jax.Array) -> jax.Array:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(one(jax.random.key_data(leaf)))
+            shards = [shard.data.reshape(leaf.shape[1:]) for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape[1:], sharding, shards)
+
+        return jax.tree.map(one, tree)
 
     def rows(self, batch_size: int) -> slice:
         """The samples of a batch that this process's devices hold."""
