@@ -30,8 +30,8 @@ commands:
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
-  bench {scan,step,tpu-static} ...              measure the scan or the host's cost of a training step; figures of the
-                                                TPU compiler
+  bench {scan,step,scaling,tpu-static} ...      measure the scan, the host's cost of a training step, or training over
+                                                more and more devices; figures of the TPU compiler
   doctor                                        versions, devices, and a check of every scan implementation here
 
 CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
@@ -171,7 +171,7 @@ def _predict(words: list[str]) -> None:
 
 
 def _bench(words: list[str]) -> None:
-    known = ("scan", "step", "tpu-static")
+    known = ("scan", "step", "scaling", "tpu-static")
     if not words or words[0] not in known:
         raise UserError(f"bench: expected one of {', '.join(known)}, got {words[0] if words else 'nothing'!r}")
     importlib.import_module(f"cmamba_jax.bench.{words[0].replace('-', '_')}").main(words[1:])

@@ -211,7 +211,7 @@ def test_help(call, config_file):
 def test_unknown_commands(fails):
     assert "unknown command 'trian'" in (message := fails("trian")) and "did you mean 'train'?" in message
     assert "needs a CONFIG first" in fails("train")
-    assert "expected one of scan, step, tpu-static, got 'skan'" in fails("bench", "skan")
+    assert "expected one of scan, step, scaling, tpu-static, got 'skan'" in fails("bench", "skan")
 
 
 CONFIG_MISTAKES = {
@@ -228,7 +228,7 @@ CONFIG_MISTAKES = {
     ),
     "no function": ("def config", "def conf", "has no function config()"),
     "no return": ("return ", "", "config() returned NoneType, expected an ExperimentConfig"),
-    "no data": ("data=", "data=None and ", "config.data is None"),
+    "no data": ("data=Synthetic", "data=None and Synthetic", "config.data is None"),
 }
 
 

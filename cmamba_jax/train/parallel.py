@@ -278,8 +278,7 @@ class Replicas(Strategy):
                 return step(state, batch)
 
         devices = None if jax.process_count() > 1 else self.devices
-        mapped = jax.pmap(replica, axis_name=self.axis, out_axes=(0, None), donate_argnums=0, devices=devices)
-        return lambda state, batch: mapped(state, batch)
+        return jax.pmap(replica, axis_name=self.axis, out_axes=(0, None), donate_argnums=0, devices=devices)
 
     def place(self, state: TrainState) -> TrainState:
         """Copies a state to every device."""

@@ -181,37 +181,40 @@ def _transition(static: _Static, p: Problem) -> Array:
         return jnp.moveaxis(jax.lax.map(column, jnp.eye(p.x.shape[0], dtype=jnp.float32)), 0, 1)
 
     bias = None if p.dt_bias is None else p.dt_bias[:, None, None, :]
-    dt = discretize.step_size(p.dt, bias, p.mask, softplus=p.dt_softplus)  # [M, B, L, D]
     A = p.A.astype(jnp.float32)
     if isinstance(p.coupling, Independent):
+        dt = discretize.step_size(p.dt, bias, p.mask, softplus=p.dt_softplus)
         product = jnp.exp(jnp.sum(dt, axis=2)[..., None] * A[:, None])
         return product if p.reset is None else jnp.where(jnp.any(p.reset, axis=1)[:, None, None], 0, product)
-    idle = None if p.mask is None else ~jnp.any(p.mask, axis=0)
     log_gain = p.coupling.log_gain.astype(jnp.float32)
 
-    def product(dt: Array, idle: Array | None, reset: Array | None) -> Array:
+    def product(dt: Array, mask: Array | None, reset: Array | None) -> Array:
         """Of the steps given, [N, B, D]; the sum over modalities written out, so that it fuses into the product."""
+        dt = discretize.step_size(dt, bias, mask, softplus=p.dt_softplus)  # [M, B, T, D]
         decay = sum(
             jnp.exp(dt[m][None] * A[m].T[:, None, None] + log_gain[m][:, None, None, None]) for m in range(dt.shape[0])
         )  # [N, B, T, D]
-        if idle is not None:
-            decay = jnp.where(idle[..., None], 1, decay)
+        if mask is not None:
+            decay = jnp.where(jnp.any(mask, axis=0)[..., None], decay, 1)
         if reset is not None:
             decay = jnp.where(reset[..., None], 0, decay)
         return jnp.prod(decay, axis=2)
 
     # A compiler that does not fuse it keeps [N, B, T, D]: a number of chunks makes that a fraction of dt.
-    m, _, length, _ = dt.shape
+    m, _, length, _ = p.dt.shape
     steps = max(1, length * m // (8 * A.shape[-1]))
-    whole = length // steps * steps
 
-    def chunk(index: Array, total: Array) -> Array:
-        at = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * steps, slice_size=steps)
-        return total * product(at(dt, axis=2), *(None if v is None else at(v, axis=1) for v in (idle, p.reset)))
+    def part(start: Array | int, size: int) -> Array:
+        def cut(values: Array | None, axis: int) -> Array | None:
+            return None if values is None else jax.lax.dynamic_slice_in_dim(values, start, size, axis)
 
-    rest = product(dt[:, :, whole:], *(None if v is None else v[:, whole:] for v in (idle, p.reset)))
-    _, rest = vary((dt, rest))  # an empty product is a constant
-    return jnp.moveaxis(jax.lax.fori_loop(0, length // steps, chunk, rest), 0, -1)
+        return product(cut(p.dt, 2), cut(p.mask, 2), cut(p.reset, 1))
+
+    count, rest = divmod(length, steps)
+    # An empty product is a constant, which has to vary like the others.
+    _, total = vary((p, part(count * steps, rest)))
+    total = jax.lax.fori_loop(0, count, lambda i, total: total * part(i * steps, steps), total)
+    return jnp.moveaxis(total, 0, -1)
 
 
 def _prefix(static: _Static, transition: Array, end: Array, *, backwards: bool = False) -> Array:
