@@ -111,7 +111,8 @@ def with_halo(
     def local(x: jax.Array, window: jax.Array, reset: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
         x, window, reset = vary((x, window, reset), [time])
         rank = rank_of(time, reverse)
-        _, end = history(x, jnp.zeros_like(window), reset)
+        near = slice(None, width) if reverse else slice(steps - width, None)
+        _, end = history(x[..., near, :], jnp.zeros_like(window), None if reset is None else reset[:, near])
         taps, after = history(x, jnp.where(rank == 0, window, shift(time, 1, reverse, end)), reset)
         # The window after the whole sequence is that of the last device.
         return taps, jax.lax.psum(jnp.where(rank == mesh.shape[time] - 1, after, 0), time)
