@@ -97,7 +97,7 @@ def with_halo(
         UserError: a device holds fewer steps than the window.
     """
     partition = _meshed()
-    if partition is None or partition.axes.time is None:
+    if partition is None or partition.axes.time is None or window.shape[-2] == 0:
         return history(x, window, reset)
     mesh, axes, time = partition.mesh, partition.axes, partition.axes.time
     width, steps = window.shape[-2], x.shape[-2] // mesh.shape[time]

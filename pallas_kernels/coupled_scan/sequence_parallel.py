@@ -211,8 +211,10 @@ def _transition(static: _Static, p: Problem) -> Array:
         return product(cut(p.dt, 2), cut(p.mask, 2), cut(p.reset, 1))
 
     count, rest = divmod(length, steps)
-    # An empty product is a constant, which has to vary like the others.
-    _, total = vary((p, part(count * steps, rest)))
+    if rest:
+        total = part(count * steps, rest)
+    else:
+        _, total = vary((p, jnp.ones((A.shape[-1], p.dt.shape[1], A.shape[1]), jnp.float32)))
     total = jax.lax.fori_loop(0, count, lambda i, total: total * part(i * steps, steps), total)
     return jnp.moveaxis(total, 0, -1)
 

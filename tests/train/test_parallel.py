@@ -199,6 +199,13 @@ def test_a_device_with_fewer_steps_than_a_convolution_looks_back_is_refused():
         collectives(with_parallel(sequence=8), 16)
 
 
+def test_encoders_without_a_past_send_nothing():
+    linear = dataclasses.replace(CONFIG.model, encoder="linear", direction="causal")
+    config = dataclasses.replace(CONFIG, model=linear, parallel=ParallelConfig(sequence=2))
+    shapes = [shape for shape, kind in collectives(config) if kind == "collective-permute"]
+    assert shapes and not any(re.search(r"\b0\b(?=[,\]])", shape) for shape in shapes)
+
+
 def test_data_zero_takes_the_devices_that_are_left():
     assert parallel.resolve_sizes(ParallelConfig(data=0, sequence=2), 8)["data"] == 4
 
