@@ -37,8 +37,8 @@ commands:
   eval RUN_DIR [--split test] [--missing.kind modality --missing.rate 0.3]
                                                 score a trained model, on whole data or with part of it removed
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
-  bench {scan,step,tpu-static} ...              measure the scan or the host's cost of a training step; figures of the
-                                                TPU compiler
+  bench {scan,step,scaling,tpu-static} ...      measure the scan, the host's cost of a training step, or training over
+                                                more and more devices; figures of the TPU compiler
   doctor                                        versions, devices, and a check of every scan implementation here
 
 CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
@@ -48,6 +48,8 @@ CONFIG is a Python file with a function config() -> ExperimentConfig, such as co
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command and exits: 0, or 2 after a user's mistake, which is one message without a traceback.
+
+    75 means that training was told to stop (SIGTERM) and has saved its state.
 
     Args:
         argv: words after ``cmamba``; None: those of the process.
@@ -88,17 +90,27 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _train(words: list[str]) -> None:
     config = _parse_config("train", words)
     from cmamba_jax.train import fit, fit_seeds
+    from cmamba_jax.train.cluster import is_lead
+    from cmamba_jax.train.preemption import EXIT_CODE, Preempted
 
-    if config.train.seeds:
-        group = fit_seeds(config)
-        for split, mean in group.mean.items():
-            values = "  ".join(f"{name} {value:.4f} +- {group.std[split][name]:.4f}" for name, value in mean.items())
-            print(f"{split}, {len(group.runs)} seeds, mean +- standard deviation: {values}")
-        print(f"runs: {group.run_dir}")
-        return
-    result = fit(config)
-    _print_metrics("test", result.metrics["test"])
-    print(f"report: {result.report}")
+    try:
+        if config.train.seeds:
+            _print_group(fit_seeds(config))
+            return
+        result = fit(config)
+    except Preempted as stop:
+        print(f"cmamba: told to stop (SIGTERM): {stop}; the same command with --resume continues", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    if is_lead():
+        _print_metrics("test", result.metrics["test"])
+        print(f"report: {result.report}")
+
+
+def _print_group(group: Any) -> None:
+    for split, mean in group.mean.items():
+        values = "  ".join(f"{name} {value:.4f} +- {group.std[split][name]:.4f}" for name, value in mean.items())
+        print(f"{split}, {len(group.runs)} seeds, mean +- standard deviation: {values}")
+    print(f"runs: {group.run_dir}")
 
 
 def _crossval(words: list[str]) -> None:
@@ -246,7 +258,7 @@ def _predict(words: list[str]) -> None:
 
 
 def _bench(words: list[str]) -> None:
-    known = ("scan", "step", "tpu-static")
+    known = ("scan", "step", "scaling", "tpu-static")
     if not words or words[0] not in known:
         raise UserError(f"bench: expected one of {', '.join(known)}, got {words[0] if words else 'nothing'!r}")
     importlib.import_module(f"cmamba_jax.bench.{words[0].replace('-', '_')}").main(words[1:])

@@ -71,6 +71,9 @@ class ModelConfig:
     """Dropout on the output of each block and before the head (not stated in the paper)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and matrix products; parameters and scan states stay float32."""
+    remat: Literal["none", "layer", "dots"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, whole layers (the least memory), or all
+    of a layer but its matrix products."""
     scan: str | None = None
     """Implementation of the coupled scan; None: the fastest tested one for this device."""
 
@@ -288,6 +291,10 @@ class TrainConfig:
     """Epochs without improvement before stopping; None: never stop early."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints of the full training state."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept besides the best; older ones are deleted."""
+    profile_steps: int = 0
+    """Steps that JAX's profiler traces into RUN_DIR/profile; 0: none."""
     log_every: int = 10
     """Steps between two log records."""
     output: str = "runs"
@@ -311,6 +318,33 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over devices; results are those of one device whatever is chosen."""
+
+    strategy: Literal["jit", "pmap"] = "jit"
+    """jit: one program partitioned over the mesh below (NamedSharding); pmap: a plain replica on each of `data`
+    devices, which exchange gradients only."""
+    data: int = 1
+    """Devices that share out the samples of a batch; 0: all that the other axes leave."""
+    fsdp: int = 1
+    """Devices that share out samples, and parameters and optimizer state too."""
+    tensor: int = 1
+    """Devices that share out the channels D of the scan."""
+    sequence: int = 1
+    """Devices that share out the time steps L of a sequence."""
+    multi_host: Literal["auto", "on", "off"] = "auto"
+    """Whether several processes train together; auto: where Slurm, Open MPI or a TPU pod started them."""
+    coordinator: str | None = None
+    """Address HOST:PORT of process 0, for processes that one started oneself; None: from the cluster."""
+    num_processes: int | None = None
+    """Processes that train together."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    heartbeat_seconds: int = 100
+    """Time without a sign of life after which a process counts as dead, and the others stop."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything that determines a run."""
 
@@ -323,6 +357,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     paper: str = ""
     """What a publication reports for this experiment, for people to compare with; nothing reads it."""
 

@@ -34,7 +34,16 @@ _AT_LEAST = {
     "train.label_smoothing": 0,
     "train.patience": 1,
     "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.profile_steps": 0,
     "train.log_every": 1,
+    "parallel.data": 0,
+    "parallel.fsdp": 1,
+    "parallel.tensor": 1,
+    "parallel.sequence": 1,
+    "parallel.num_processes": 1,
+    "parallel.process_id": 0,
+    "parallel.heartbeat_seconds": 1,
 }
 _BELOW = {"model.dropout": 1, "train.label_smoothing": 1, "optimizer.b1": 1, "optimizer.b2": 1}
 

@@ -108,6 +108,8 @@ def write(original, step, epoch, split, values):
     original()
     if os.environ["DIE_AT"] == f"{split} {step}":
         die()
+    if os.environ["DIE_AT"] == f"terminated at {split} {step}":
+        os.kill(os.getpid(), signal.SIGTERM)
 
 def save(original, name, state, position):
     if os.environ["DIE_AT"] == f"save {name} {position.step}":
@@ -122,7 +124,7 @@ wrap(checkpoint.Checkpoints, "save", save)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(config_file, tmp_path):
-    """SIGKILL between a validation and its checkpoint, then while a checkpoint is being written."""
+    """SIGKILL between a validation and its checkpoint, SIGTERM within an epoch, SIGKILL during a save."""
     config_file.write_text(KILLER + SOURCE)
     command = [sys.executable, "-m", "cmamba_jax", "train", config_file, "--train.epochs", "6"]
 
@@ -135,11 +137,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(config_file, tmp_path):
         done = subprocess.run(
             [*command, "--run-dir", tmp_path / run, *words], env=environment, capture_output=True, text=True
         )
-        assert done.returncode == (-signal.SIGKILL if die_at else 0), done.stderr
-        assert done.stderr == ""
+        told = die_at.startswith("terminated")
+        assert done.returncode == (75 if told else -signal.SIGKILL if die_at else 0), done.stderr
+        assert done.stderr == ("cmamba: told to stop (SIGTERM): saved at step 11; the same command with --resume "
+                               "continues\n" if told else "")  # fmt: skip
 
     train("killed", die_at="valid 9")
     assert checkpoint.exists(tmp_path / "killed" / "checkpoints")
+    train("killed", "--resume", die_at="terminated at train 10")
     train("killed", "--resume", die_at="save last 15")
     train("killed", "--resume")
     train("whole")
@@ -209,7 +214,7 @@ def test_help(call, config_file):
 def test_unknown_commands(fails):
     assert "unknown command 'trian'" in (message := fails("trian")) and "did you mean 'train'?" in message
     assert "needs a CONFIG first" in fails("train")
-    assert "expected one of scan, step, tpu-static, got 'skan'" in fails("bench", "skan")
+    assert "expected one of scan, step, scaling, tpu-static, got 'skan'" in fails("bench", "skan")
 
 
 CONFIG_MISTAKES = {
@@ -226,7 +231,7 @@ CONFIG_MISTAKES = {
     ),
     "no function": ("def config", "def conf", "has no function config()"),
     "no return": ("return ", "", "config() returned NoneType, expected an ExperimentConfig"),
-    "no data": ("data=", "data=None and ", "config.data is None"),
+    "no data": ("data=Synthetic", "data=None and Synthetic", "config.data is None"),
 }
 
 

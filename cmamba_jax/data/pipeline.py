@@ -43,6 +43,7 @@ class Pipeline:
         *,
         seed: int,
         normalizer: transforms.Normalizer | None = None,
+        length_multiple: int = 1,
     ):
         """Prepares the pipeline.
 
@@ -51,6 +52,7 @@ class Pipeline:
             config: batch sizes, buckets, normalisation, augmentation, missing data and threads.
             seed: seed of the order, of the augmentation and of what is missing.
             normalizer: the one of an earlier run, used as it is; None: fitted on the training samples.
+            length_multiple: padded lengths are rounded up to multiples of it; masks make that change nothing.
 
         Raises:
             DataError: if a sample is not as ``splits.info`` says, is longer than the largest bucket, a split is
@@ -72,7 +74,10 @@ class Pipeline:
             for _ in samples:
                 pass
         self.normalizer: transforms.Normalizer = normalizer
-        self._padded = {split: plan.bucket_lengths(np.array(n), config.buckets) for split, n in lengths.items()}
+        self._padded = {
+            split: plan.round_up(plan.bucket_lengths(np.array(n), config.buckets), length_multiple)
+            for split, n in lengths.items()
+        }
         self._epoch_plan = functools.lru_cache(maxsize=2)(self._train_plan)
         self.steps_per_epoch: int = len(self._epoch_plan(0))
 
@@ -86,15 +91,19 @@ class Pipeline:
         other._epoch_plan = functools.lru_cache(maxsize=2)(other._train_plan)
         return other
 
-    def train(self) -> Iterator[Batch]:
+    def train(self, rows: slice | None = None) -> Iterator[Batch]:
         """Training batches without end, each epoch in another order.
+
+        Args:
+            rows: the rows of each batch to read, for a process that shares batches with others. All processes plan
+                the same batches, so that together they see every sample once an epoch; None: all rows.
 
         Returns:
             A grain iterator. Its ``get_state()`` is a small JSON-able dict; after ``set_state`` of it, on an
             iterator of an equal pipeline, the same batches follow to the bit, augmentation included.
         """
         steps = grain.MapDataset.range(self.steps_per_epoch).repeat()
-        batches = steps.map_with_index(lambda step, _: self._train_batch(step))
+        batches = steps.map_with_index(lambda step, _: self._train_batch(step, rows))
         return iter(batches.to_iter_dataset(self._read_options()))
 
     def batches(self, split: Split, removed: MissingConfig = _WHOLE) -> Iterable[Batch]:
@@ -136,15 +145,19 @@ class Pipeline:
     def _train_plan(self, epoch: int) -> list[plan.PlannedBatch]:
         return plan.train_plan(self._padded["train"], self._config.batch_size, seed=self._seed, epoch=epoch)
 
-    def _train_batch(self, step: int) -> Batch:
+    def _train_batch(self, step: int, rows: slice | None) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._collate(self._epoch_plan(epoch)[position], lambda index: self._changed(index, epoch))
+        return self._collate(self._epoch_plan(epoch)[position], lambda index: self._changed(index, epoch), rows)
 
-    def _collate(self, batch: plan.PlannedBatch, prepare: Callable[[int], Sample]) -> Batch:
-        """Prepares, pads and stacks the samples of a batch."""
-        real = batch.rows != plan.FILLER
-        samples = [prepare(int(index)) for index in batch.rows[real]]
-        samples += [samples[0]] * int(np.sum(~real))
+    def _collate(self, batch: plan.PlannedBatch, prepare: Callable[[int], Sample], rows: slice | None = None) -> Batch:
+        """Prepares, pads and stacks the samples of a batch, or of some of its rows."""
+        chosen = batch.rows[rows or slice(None)]
+        real = chosen != plan.FILLER
+        samples = [prepare(int(index)) for index in chosen[real]]
+        if not all(real):
+            # Not a sample of this process where all of its rows are filler.
+            filler = samples[0] if rows is None else prepare(int(batch.rows[0]))
+            samples += [filler] * int(np.sum(~real))
 
         def stacked(part: Literal["inputs", "mask"]) -> dict[str, Array]:
             return {name: _stack([s[part][name] for s in samples], batch.length) for name in self.info.features}

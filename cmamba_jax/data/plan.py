@@ -37,6 +37,11 @@ def bucket_lengths(lengths: Int[np.ndarray, "samples"], buckets: Sequence[int]) 
     return sizes[np.searchsorted(sizes, lengths)]
 
 
+def round_up(lengths: Int[np.ndarray, "samples"], multiple: int) -> Int[np.ndarray, "samples"]:
+    """Lengths as multiples of a number."""
+    return -(-lengths // multiple) * multiple
+
+
 def train_plan(padded: Int[np.ndarray, "samples"], batch_size: int, *, seed: int, epoch: int) -> list[PlannedBatch]:
     """One epoch in random order: every sample once, each batch of one bucket.
 

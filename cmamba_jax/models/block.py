@@ -2,14 +2,13 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from cmamba_jax.config import ModelConfig
-from cmamba_jax.models import functional
+from cmamba_jax.models import functional, partition
 from cmamba_jax.models.ssm import CoupledSSM, SSMState
 
 
@@ -48,7 +47,7 @@ class CoupledMambaBlock(nnx.Module):
         mask: Bool[Array, "M B L"] | None,
         reset: Bool[Array, "B L"] | None,
         state: dict[str, SSMState],
-        rngs: nnx.Rngs | None,
+        key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "M B L F"], dict[str, SSMState]]:
         """Applies the block to the residual stream x (float32).
 
@@ -57,19 +56,24 @@ class CoupledMambaBlock(nnx.Module):
             mask: False where a modality is missing.
             reset: True where a new sequence starts.
             state: of the steps before, by direction (see `ssms`).
-            rngs: for dropout; None: no dropout.
+            key: for dropout, see `draw`; None: no dropout.
 
         Returns:
             The residual stream after the block and the states that continue the sequence.
         """
         normed = functional.layer_norm(x, self.norm_scale[...], self.norm_bias[...])
-        u, z = jnp.split(functional.linear(normed, self.in_proj[...], self.dtype), 2, axis=-1)
+        if partition.cuts_channels():
+            # Halves of the weights rather than of their product: cut, the halves of one product lie on other devices.
+            u, z = (functional.linear(normed, half, self.dtype) for half in jnp.split(self.in_proj[...], 2, axis=-1))
+        else:
+            u, z = jnp.split(functional.linear(normed, self.in_proj[...], self.dtype), 2, axis=-1)
+        u, z = partition.constrain(u, "MBLD"), partition.constrain(z, "MBLD")
         total, states = 0, {}
         for direction, ssm in self.ssms().items():
             y, states[direction] = ssm(u, z, mask=mask, reset=reset, state=state[direction])
             total = total + y
         out = functional.linear(total, self.out_proj[...], self.dtype).astype(jnp.float32)
-        return x + dropout(out, self.dropout, rngs), states
+        return partition.constrain(x + dropout(out, self.dropout, key, batch_axis=1), "MBLF"), states
 
 
 class LayerCoupling(nnx.Module):
@@ -108,9 +112,13 @@ def others_of(n_modalities: int) -> np.ndarray:
     return np.array([[i for i in range(n_modalities) if i != m] for m in range(n_modalities)])
 
 
-def dropout(x: Float[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "..."]:
-    """Inverted dropout; the identity without `rngs`."""
-    if rngs is None or rate == 0:
+def draw(rate: float, rngs: nnx.Rngs | None) -> PRNGKeyArray | None:
+    """The key of the next dropout; None where there is none."""
+    return None if rngs is None or rate == 0 else rngs.dropout()
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None, *, batch_axis: int) -> Float[Array, "..."]:
+    """Inverted dropout; the identity without a `key`."""
+    if key is None:
         return x
-    kept = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0)
+    return jnp.where(partition.bernoulli(key, 1 - rate, x.shape, batch_axis), x / (1 - rate), 0)

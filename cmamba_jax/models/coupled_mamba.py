@@ -1,6 +1,7 @@
 """CoupledMamba: encoders, a stack of coupled blocks, pooling over time, fusion and head (Figure 1 of the paper)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -12,10 +13,16 @@ from jaxtyping import Array, Float
 from cmamba_jax.batch import Batch
 from cmamba_jax.config import ModelConfig, TaskConfig
 from cmamba_jax.errors import UserError
-from cmamba_jax.models import attention, functional, heads
-from cmamba_jax.models.block import CoupledMambaBlock, LayerCoupling
+from cmamba_jax.models import attention, functional, heads, partition
+from cmamba_jax.models.block import CoupledMambaBlock, LayerCoupling, draw
 from cmamba_jax.models.encoders import Encoder
 from cmamba_jax.models.ssm import SSMState
+
+_REMAT = {
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+"""What the backward pass keeps of a layer besides its input: nothing, or its matrix products."""
 
 
 @jax.tree_util.register_dataclass
@@ -180,7 +187,7 @@ class CoupledMamba(nnx.Module):
             out, windows[name] = self.encoders[name](steps, mask=seen, reset=reset, window=state.encoders[name])
             encoded.append(out)
             masks.append(seen)
-        x = jnp.stack(encoded)
+        x = partition.constrain(jnp.stack(encoded), "MBLF")
         seen = None if batch.mask is None else jnp.stack(masks)
         if self.config.early_fusion != "none":
             x, seen = self.join(x, mask=seen)
@@ -189,7 +196,10 @@ class CoupledMamba(nnx.Module):
 
         layers = []
         for i, block in enumerate(self.blocks):
-            x, layer = block(x, mask=seen, reset=reset, state=state.layers[i], rngs=rngs)
+            apply = functools.partial(block, mask=seen, reset=reset, key=draw(self.config.dropout, rngs))
+            if self.config.remat != "none":
+                apply = jax.checkpoint(apply, policy=_REMAT[self.config.remat])
+            x, layer = apply(x, state=state.layers[i])
             layers.append(layer)
             if i < len(self.mixes):
                 x = self.mixes[i](x, mask=seen)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from cmamba_jax.models import partition
+
 
 def uniform_fan_in(key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Float[Array, "..."]:
     """Uniform in +-1/sqrt(fan_in), float32: the initialisation of linear and convolution layers in Mamba."""
@@ -58,7 +60,11 @@ def frames(
 
 
 def history(
-    x: Float[Array, "*lead L F"], window: Float[Array, "*lead W F"], reset: Bool[Array, "B L"] | None
+    x: Float[Array, "*lead L F"],
+    window: Float[Array, "*lead W F"],
+    reset: Bool[Array, "B L"] | None,
+    *,
+    reverse: bool = False,
 ) -> tuple[list[Float[Array, "*lead L F"]], Float[Array, "*lead W F"]]:
     """The present and past steps that a causal convolution of W + 1 taps reads.
 
@@ -66,10 +72,24 @@ def history(
         x: the sequence; the last leading axis is the batch.
         window: the W steps before it (zeros at the start of a sequence).
         reset: True where a new sequence starts; taps do not reach across.
+        reverse: time runs backwards: "past" and "before" are later steps, and sequences start at their end.
 
     Returns:
         A list of W + 1 arrays shaped like x, entry j holding x_{l-j}, and the window that continues the sequence.
     """
+
+    def run(x: Array, window: Array, reset: Array | None) -> tuple[list[Array], Array]:
+        if not reverse:
+            return _history(x, window, reset)
+        taps, window = _history(jnp.flip(x, -2), window, None if reset is None else jnp.flip(reset, 1))
+        return [jnp.flip(tap, -2) for tap in taps], window
+
+    return partition.with_halo(run, x, window, reset, reverse=reverse)
+
+
+def _history(
+    x: Float[Array, "*lead L F"], window: Float[Array, "*lead W F"], reset: Bool[Array, "B L"] | None
+) -> tuple[list[Float[Array, "*lead L F"]], Float[Array, "*lead W F"]]:
     length, width = x.shape[-2], window.shape[-2]
     extended = jnp.concatenate([window.astype(x.dtype), x], axis=-2)
     if reset is None:
@@ -92,15 +112,18 @@ def causal_depthwise_conv(
     bias: Float[Array, "M D"],
     window: Float[Array, "M B W D"],
     reset: Bool[Array, "B L"] | None,
+    *,
+    reverse: bool = False,
 ) -> tuple[Float[Array, "M B L D"], Float[Array, "M B W D"]]:
     """Causal convolution of each channel with K = W + 1 taps; the last tap of the kernel meets the present step.
 
-    Written as K shifted products, which XLA fuses into one pass; its depthwise convolutions are slower.
+    Written as K shifted products, which XLA fuses into one pass; its depthwise convolutions are slower. In `reverse`
+    it reads the present and later steps.
 
     Returns:
         The convolved sequence in x's dtype and the window that continues it.
     """
-    taps, window = history(x, window, reset)
+    taps, window = history(x, window, reset, reverse=reverse)
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     total = bias[:, None, None]
     for j, tap in enumerate(taps):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from cmamba_jax.config import ModelConfig
 from cmamba_jax.models import functional
-from cmamba_jax.models.block import dropout
+from cmamba_jax.models.block import draw, dropout
 
 
 @jax.tree_util.register_dataclass
@@ -107,5 +107,6 @@ class FusionHead(nnx.Module):
         return jnp.sum(functional.keep(x, present) * share[..., None], axis=0)
 
     def _predict(self, x: Float[Array, "*batch F"], rngs: nnx.Rngs | None) -> Float[Array, "*batch K"]:
-        hidden = jax.nn.relu(dropout(x, self.dropout, rngs) @ self.hidden[...] + self.hidden_bias[...])
+        x = dropout(x, self.dropout, draw(self.dropout, rngs), batch_axis=1 if self.fusion == "late" else 0)
+        hidden = jax.nn.relu(x @ self.hidden[...] + self.hidden_bias[...])
         return hidden @ self.out[...] + self.out_bias[...]

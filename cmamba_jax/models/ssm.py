@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cmamba_jax.config import ModelConfig
-from cmamba_jax.models import functional
-from pallas_kernels import Coupling, Full, Independent, Shared, coupled_scan
+from cmamba_jax.models import functional, partition
+from pallas_kernels import Coupling, Full, Independent, Shared
 
 # Step sizes at the start: log-uniform between these bounds, as in Mamba.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -112,25 +112,27 @@ class CoupledSSM(nnx.Module):
         Returns:
             y * SiLU(z), in u's dtype, and the state that continues the sequence.
         """
-        if self.reverse:
-            u, z = jnp.flip(u, 2), jnp.flip(z, 2)
-            mask = None if mask is None else jnp.flip(mask, 2)
-            if reset is not None:
-                # Backwards, a sequence starts at its last step, which is the one before the next one's first.
-                reset = jnp.flip(jnp.pad(reset[:, 1:], ((0, 0), (0, 1))), 1)
+        if self.reverse and reset is not None:
+            # Backwards, a sequence starts at its last step, which is the one before the next one's first.
+            reset = jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
         x, window = functional.causal_depthwise_conv(
-            functional.keep(u, mask), self.conv_kernel[...], self.conv_bias[...], state.window, reset
+            functional.keep(u, mask),
+            self.conv_kernel[...],
+            self.conv_bias[...],
+            state.window,
+            reset,
+            reverse=self.reverse,
         )
         x = jax.nn.silu(x)
         dt, B, C = jnp.split(
             functional.linear(x, self.select[...], x.dtype), [self.rank, self.rank + self.A_log.shape[-1]], axis=-1
         )
-        out = coupled_scan(
-            x,
-            functional.linear(dt, self.dt_up[...], x.dtype),
-            -jnp.exp(self.A_log[...]),
-            B,
-            C,
+        out = partition.scan(
+            x=x,
+            dt=functional.linear(dt, self.dt_up[...], x.dtype),
+            A=-jnp.exp(self.A_log[...]),
+            B=B,
+            C=C,
             coupling=self.coupling(),
             D=self.D[...],
             z=z,
@@ -138,8 +140,8 @@ class CoupledSSM(nnx.Module):
             mask=mask,
             reset=reset,
             initial_state=state.scan,
+            reverse=self.reverse,
             readout=self.readout,
             implementation=self.scan,
         )
-        y = jnp.flip(out.y, 2) if self.reverse else out.y
-        return y, SSMState(window=window, scan=out.final_state)
+        return out.y, SSMState(window=window, scan=out.final_state)

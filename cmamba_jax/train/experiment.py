@@ -20,11 +20,13 @@ from cmamba_jax.config import ExperimentConfig
 from cmamba_jax.data import DataInfo, Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
+from cmamba_jax.train import checkpoint, cluster, loop, optimizer, parallel, runs, state
 from cmamba_jax.train.evaluation import Evaluation, Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
+from cmamba_jax.train.preemption import Preemption
+from cmamba_jax.train.profile import Profiler
 from cmamba_jax.train.report import write_report
-from cmamba_jax.train.writers import MetricWriter, Progress, read_history
+from cmamba_jax.train.writers import MetricWriter, Progress, Silence, read_history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
 
     Raises:
         UserError: the configuration, the folder of the run or a checkpoint is wrong, or training diverged.
+        Preempted: the process received SIGTERM; the state is saved, ``train.resume`` continues.
         DataError: the data is not as expected.
     """
     started = time.perf_counter()
@@ -82,20 +85,28 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
         raise UserError(f"fit trains one seed, but train.seeds is {config.train.seeds}; use fit_seeds, or empty it")
     if config.train.track_test:
         raise UserError("train.track_test needs train.seeds (one is enough): set --seeds, or switch it off")
+    cluster.initialize(config.parallel)
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
     loop.check_monitor(config.train.monitor, info.task, config.evaluation)
-    pipeline = Pipeline(splits, config.pipeline, seed=config.train.seed)
+    strategy = parallel.make_strategy(config)
+    pipeline = Pipeline(
+        splits, config.pipeline, seed=config.train.seed, length_multiple=parallel.length_multiple(config)
+    )
     model = CoupledMamba(config.model, features=info.features, task=info.task, rngs=nnx.Rngs(config.train.seed))
     graphdef, params = state.split_model(model)
-    predict = state.make_predict_step(graphdef)
+    predict = state.make_predict_step(graphdef, strategy)
     # Traces the model, so that what it cannot do shows before there is a folder.
-    jax.eval_shape(predict, params, next(iter(pipeline.batches("valid"))))
+    jax.eval_shape(state.make_predict_step(graphdef), params, next(iter(pipeline.batches("valid"))))
 
-    run_dir = runs.open_run(config)
-    runs.write_info(run_dir, info)
-    runs.write_json(run_dir / "normalizer.json", pipeline.normalizer.to_dict())
+    def open_run() -> str:
+        folder = runs.open_run(config)
+        runs.write_info(folder, info)
+        runs.write_json(folder / "normalizer.json", pipeline.normalizer.to_dict())
+        return str(folder)
+
+    lead, run_dir = cluster.is_lead(), pathlib.Path(cluster.from_lead(open_run))
 
     schedule = optimizer.make_schedule(
         config.optimizer, steps_per_epoch=pipeline.steps_per_epoch, epochs=config.train.epochs
@@ -103,41 +114,55 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     gradient_transformation = optimizer.make_optimizer(config.optimizer, schedule)
     loss_sum = make_loss_sum(info.task, config.train)
     evaluate = Evaluator(predict, loss_sum, info.task, config.evaluation)
-    train_state = state.init_state(params, gradient_transformation, seed=config.train.seed)
+    train_state = strategy.place(state.init_state(params, gradient_transformation, seed=config.train.seed))
     position = checkpoint.Position()
-    batches: Any = pipeline.train()  # A grain iterator, whose state can be read and set.
+    batch_size = config.pipeline.batch_size
+    # A grain iterator, whose state can be read and set.
+    batches: Any = strategy.feed(pipeline.train(strategy.rows(batch_size)), batch_size)
     checkpoint_dir = run_dir / "checkpoints"
     if config.train.resume and checkpoint.exists(checkpoint_dir):
-        train_state, position = checkpoint.load_last(checkpoint_dir, train_state)
+        train_state, position = checkpoint.load_last(checkpoint_dir, train_state, strategy)
         batches.set_state(position.data)
 
-    writer = MetricWriter(run_dir, start_step=position.step)
-    progress = Progress(config.train.epochs * pipeline.steps_per_epoch, position.step, enabled=shows_bar(config))
+    n_steps = config.train.epochs * pipeline.steps_per_epoch
+    writer = MetricWriter(run_dir, start_step=position.step) if lead else Silence()
+    progress = Progress(n_steps, position.step, enabled=shows_bar(config)) if lead else Silence()
+    profiler = Profiler(run_dir / "profile", config.train.profile_steps)
     try:
-        with checkpoint.Checkpoints(checkpoint_dir) as checkpoints:
+        with (
+            Preemption() as preemption,
+            checkpoint.Checkpoints(checkpoint_dir, strategy, keep=config.train.keep_checkpoints) as checkpoints,
+        ):
             train_state, position = loop.train(
                 train_state,
                 position,
                 config=config.train,
-                train_step=state.make_train_step(graphdef, gradient_transformation, loss_sum),
-                validate=lambda params: evaluate(params, pipeline.batches("valid")).metrics,
+                train_step=state.make_train_step(graphdef, gradient_transformation, loss_sum, strategy),
+                validate=lambda params: evaluate(strategy.portable(params), pipeline.batches("valid")).metrics,
                 batches=batches,
                 steps_per_epoch=pipeline.steps_per_epoch,
-                batch_size=config.pipeline.batch_size,
+                batch_size=batch_size,
                 learning_rate=lambda step: np.asarray(schedule((step - 1) // config.optimizer.accumulate)).item(),
                 checkpoints=checkpoints,
                 writer=writer,
                 progress=progress,
+                preempted=preemption.requested,
+                profiler=profiler,
             )
     finally:
+        profiler.close()
         progress.close()
         writer.close()
 
-    best, _ = checkpoint.load_params(checkpoint_dir, train_state.params)
+    best, _ = checkpoint.load_params(checkpoint_dir, strategy.portable(train_state.params))
     test = evaluate(best, pipeline.batches("test"))
     valid = evaluate(best, pipeline.batches("valid")).metrics
-    seconds = time.perf_counter() - started
-    return finish(run_dir, config, info, nnx.merge(graphdef, best), position, valid=valid, test=test, seconds=seconds)
+    model, seconds = nnx.merge(graphdef, cluster.to_host(best)), time.perf_counter() - started
+    result = RunResult(run_dir, {"valid": valid, "test": test.metrics}, run_dir / "report" / "index.html")
+    if lead:
+        result = finish(run_dir, config, info, model, position, valid=valid, test=test, seconds=seconds)
+    cluster.wait_for_all("report")
+    return result
 
 
 def finish(
@@ -173,7 +198,7 @@ def finish(
         logits=test.logits,
         labels=test.labels,
         coupling_tables=model.coupling_tables(),
-        facts=_facts(state.split_model(model)[1], position, seconds),
+        facts=_facts(config, state.split_model(model)[1], position, seconds),
     )
     return RunResult(run_dir, metrics, report)
 
@@ -207,14 +232,16 @@ def shows_bar(config: ExperimentConfig) -> bool:
     return config.train.progress == "on"
 
 
-def _facts(params: state.Params, position: checkpoint.Position, seconds: float) -> dict[str, str]:
+def _facts(
+    config: ExperimentConfig, params: state.Params, position: checkpoint.Position, seconds: float
+) -> dict[str, str]:
     versions: dict[str, Any] = {"cmamba_jax": cmamba_jax, "jax": jax, "flax": flax, "optax": optax}
     return {
         "Parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
         "Epochs": f"{position.epoch}, best {position.best_epoch}",
         "Steps": f"{position.step:,}",
         "Time": f"{seconds:.0f} s",
-        "Device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "Device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})" + parallel.describe(config),
         "Versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         + f", Python {platform.python_version()}",
     }

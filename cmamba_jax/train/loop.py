@@ -1,11 +1,14 @@
 """The training loop."""
 
+import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cmamba_jax.batch import Batch
@@ -13,8 +16,10 @@ from cmamba_jax.config import EvaluationConfig, TaskConfig, TrainConfig
 from cmamba_jax.errors import UserError
 from cmamba_jax.metrics import METRICS, metric_names
 from cmamba_jax.train.checkpoint import Checkpoints, Position
+from cmamba_jax.train.preemption import Preempted
+from cmamba_jax.train.profile import Profiler
 from cmamba_jax.train.state import Params, StepMetrics, TrainState, parameter_names
-from cmamba_jax.train.writers import MetricWriter, Progress
+from cmamba_jax.train.writers import MetricWriter, Progress, Silence
 
 CURE = "lower optimizer.learning_rate, set optimizer.clip_norm, or look for extreme values in the data"
 
@@ -56,8 +61,10 @@ def train(
     batch_size: int,
     learning_rate: Callable[[int], float],
     checkpoints: Checkpoints,
-    writer: MetricWriter,
-    progress: Progress,
+    writer: MetricWriter | Silence,
+    progress: Progress | Silence,
+    preempted: Callable[[int], bool] = lambda step: False,
+    profiler: Profiler | None = None,
 ) -> tuple[TrainState, Position]:
     """Trains until the last epoch or until early stopping.
 
@@ -78,20 +85,29 @@ def train(
         checkpoints: where to save.
         writer: where the metrics go.
         progress: what the user sees.
+        preempted: whether to save and stop after a step, see `preemption`.
+        profiler: traces a few steps.
 
     Returns:
         The final state and position.
 
     Raises:
+        Preempted: `preempted` said so; the state is saved.
         NonFiniteError: the loss, the gradient or the validation loss is not finite; names step and parameters.
     """
     while position.epoch < config.epochs and not stopped(position, config):
         epoch, started = position.epoch + 1, time.perf_counter()
-        log = EpochLog(epoch, config.log_every, batch_size, learning_rate, writer, progress)
-        step = position.step
-        for step in range(position.step + 1, position.step + steps_per_epoch + 1):
-            state, metrics = train_step(state, next(batches))
+        log = EpochLog(epoch, config.log_every, batch_size, learning_rate, writer, progress, position.losses)
+        step, end = position.step, epoch * steps_per_epoch
+        for step in range(position.step + 1, end + 1):
+            with profiler.step(step) if profiler else contextlib.nullcontext():
+                state, metrics = train_step(state, next(batches))
             log.add(step, metrics, state)
+            if step < end and preempted(step):
+                log.read(state)
+                position = dataclasses.replace(position, step=step, data=batches.get_state(), losses=log.unwritten)
+                checkpoints.save("last", state, position)
+                raise Preempted(f"saved at step {step}")
         log.read(state, last=True)
 
         values = validate(state.params)
@@ -114,8 +130,11 @@ def train(
         )
         if improved:
             checkpoints.save("best", state, position)
-        if epoch % config.checkpoint_every == 0 or epoch == config.epochs or stopped(position, config):
+        told = preempted(step)
+        if told or epoch % config.checkpoint_every == 0 or epoch == config.epochs or stopped(position, config):
             checkpoints.save("last", state, position)
+        if told:
+            raise Preempted(f"saved at step {step}")
     return state, position
 
 
@@ -141,6 +160,7 @@ class EpochLog:
         learning_rate: rate of a step.
         writer: where the records go.
         progress: what the user sees.
+        losses: of the epoch so far that were not written, where it was interrupted.
     """
 
     def __init__(
@@ -149,19 +169,25 @@ class EpochLog:
         every: int,
         batch_size: int,
         learning_rate: Callable[[int], float],
-        writer: MetricWriter,
-        progress: Progress,
+        writer: MetricWriter | Silence,
+        progress: Progress | Silence,
+        losses: Iterable[float] = (),
     ):
         self._epoch, self._every, self._batch_size, self._learning_rate = epoch, every, batch_size, learning_rate
         self._writer, self._progress = writer, progress
         self._pending: tuple[int, StepMetrics] | None = None
-        self._losses: list[float] = []
+        self._losses = list(losses)
         self._written, self._time = 0, time.perf_counter()
 
     @property
     def mean_loss(self) -> float:
         """Mean of the losses read so far."""
         return float(np.mean(self._losses))
+
+    @property
+    def unwritten(self) -> tuple[float, ...]:
+        """Losses read since the last record."""
+        return tuple(self._losses[self._written :])
 
     def add(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
         """Takes the metrics of a step and reads those of the one before, while the device computes this one."""
@@ -172,7 +198,7 @@ class EpochLog:
         """Waits for the metrics that are pending."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        (step, metrics), self._pending = self._pending, None
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(_describe(step, self._epoch, metrics, state))
@@ -190,8 +216,8 @@ def _describe(step: int, epoch: int, metrics: StepMetrics, state: TrainState) ->
     """Where a step broke. `state` may be a later one: the step's guard keeps the parameters from before it."""
     names = parameter_names(state.params)
     gradients = [n for n, square in zip(names, np.asarray(metrics.squares), strict=True) if not np.isfinite(square)]
-    leaves = jax.tree.leaves(jax.device_get(state.params))
-    parameters = [n for n, leaf in zip(names, leaves, strict=True) if not np.isfinite(leaf).all()]
+    leaves = jax.tree.leaves(state.params)
+    parameters = [n for n, leaf in zip(names, leaves, strict=True) if not bool(jnp.isfinite(leaf).all())]
     return (
         f"training stopped at step {step} (epoch {epoch}): the loss is {float(metrics.loss)}; "
         f"gradients not finite: {_listed(gradients)}; parameters not finite: {_listed(parameters)}; {CURE}"

@@ -6,14 +6,16 @@ import os
 import pathlib
 from typing import Any
 
-from cmamba_jax.config import ExperimentConfig, TaskConfig
+from cmamba_jax.config import ExperimentConfig, ParallelConfig, TaskConfig
 from cmamba_jax.config_json import from_dict, to_dict
 from cmamba_jax.data import DataInfo
 from cmamba_jax.errors import UserError
 
 _MAY_CHANGE = {
     *(f"train.{name}" for name in ("epochs", "patience", "checkpoint_every", "log_every", "progress")),
-    *(f"train.{name}" for name in ("output", "run_dir", "resume")),
+    *(f"train.{name}" for name in ("output", "run_dir", "resume", "keep_checkpoints", "profile_steps")),
+    *(f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)),
+    "model.remat",
     "paper",
     "pipeline.eval_batch_size",
     "pipeline.read_threads",

@@ -21,7 +21,7 @@ from flax import nnx
 
 from cmamba_jax import config_json
 from cmamba_jax.batch import Batch
-from cmamba_jax.config import ExperimentConfig, TrainConfig
+from cmamba_jax.config import ExperimentConfig, ParallelConfig, TrainConfig
 from cmamba_jax.data import Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.metrics import METRICS
@@ -140,6 +140,8 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     seeds = config.train.seeds
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"train.seeds: expected different numbers, at least one, got {list(seeds)}")
+    if config.parallel != ParallelConfig():
+        raise UserError("train.seeds trains all seeds on one device: leave out --parallel.*, or train one seed a run")
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)

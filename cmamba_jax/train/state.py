@@ -49,6 +49,45 @@ class StepMetrics:
     squares: jax.Array
 
 
+class Strategy:
+    """How the training step is spread over devices; this one: not at all. The others are in parallel.py."""
+
+    def gather(self, params: Params) -> Params:
+        """Inside a step: the parameters as the model reads them."""
+        return params
+
+    def total(self, tree: Any) -> Any:
+        """Inside a step: sums over replicas that know nothing of each other."""
+        return tree
+
+    def compile_step(
+        self, step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        """Compiles a training step; the state passed in is donated."""
+        return jax.jit(step, donate_argnums=0)
+
+    def compile_predict(self, predict: Callable[[Params, Batch], jax.Array]) -> Callable[[Params, Batch], jax.Array]:
+        """Compiles a function of parameters, as `portable` returns them, and a batch."""
+        return jax.jit(predict)
+
+    def place(self, state: TrainState) -> TrainState:
+        """Puts a state that every process holds whole onto the devices."""
+        return state
+
+    def portable(self, tree: Any) -> Any:
+        """A state, or a part of one, as ordinary arrays that can be saved and restored on other devices."""
+        return tree
+
+    def rows(self, batch_size: int) -> slice:
+        """The samples of a training batch that this process has to read."""
+        return slice(0, batch_size)
+
+    def feed(self, batches: Any, batch_size: int) -> Any:
+        """An iterator like `batches`, which yields the `rows` of each, whose batches lie on the devices."""
+        del batch_size
+        return batches
+
+
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """Splits a model into its static graph and a pure dict of its parameters."""
     graphdef, params = nnx.split(model, nnx.Param)
@@ -63,15 +102,26 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, seed:
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_sum: LossSum) -> TrainStep:
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss_sum: LossSum,
+    strategy: Strategy | None = None,
+) -> TrainStep:
     """Compiles `train_step`; the state passed in is donated.
 
     The model is merged while tracing only, so a call costs what a `jax.jit` of a function of plain dicts costs.
     """
-    return jax.jit(train_step(graphdef, optimizer, loss_sum), donate_argnums=0)
+    strategy = strategy or Strategy()
+    return strategy.compile_step(train_step(graphdef, optimizer, loss_sum, strategy))
 
 
-def train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_sum: LossSum) -> TrainStep:
+def train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss_sum: LossSum,
+    strategy: Strategy | None = None,
+) -> TrainStep:
     """The pure function ``step(state, batch) -> (state, metrics)``, to be compiled as it is or for many states at once.
 
     A step whose loss or gradient is not finite leaves the parameters and the optimizer as they were.
@@ -80,19 +130,23 @@ def train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, 
         graphdef: from `split_model`.
         optimizer: from `make_optimizer`.
         loss_sum: function of the logits and the batch, see `objective.loss_sum`.
+        strategy: how the step is spread over devices; None: one device.
     """
+    strategy = strategy or Strategy()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         def loss(params: Params) -> jax.Array:
-            model = nnx.merge(graphdef, params)
+            model = nnx.merge(graphdef, strategy.gather(params))
             rngs = nnx.Rngs(dropout=jax.random.fold_in(state.key, state.step))
             total, count = loss_sum(model(batch, train=True, rngs=rngs).logits, batch)
-            return total / jnp.maximum(count, 1)
+            return total / jnp.maximum(strategy.total(count), 1)
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        with jax.named_scope("forward_backward"):
+            value, grads = strategy.total(jax.value_and_grad(loss)(state.params))
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
         metrics = StepMetrics(value, jnp.sqrt(squares.sum()), squares)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(value) & jnp.isfinite(metrics.grad_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -104,14 +158,16 @@ def train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, 
     return step
 
 
-def make_predict_step(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], jax.Array]:
+def make_predict_step(graphdef: nnx.GraphDef, strategy: Strategy | None = None) -> Callable[[Params, Batch], jax.Array]:
     """Compiles ``predict(params, batch) -> logits``."""
-    return jax.jit(predict_step(graphdef))
+    strategy = strategy or Strategy()
+    return strategy.compile_predict(predict_step(graphdef, strategy))
 
 
-def predict_step(graphdef: nnx.GraphDef) -> Callable[[Params, Batch], jax.Array]:
+def predict_step(graphdef: nnx.GraphDef, strategy: Strategy | None = None) -> Callable[[Params, Batch], jax.Array]:
     """The pure function ``predict(params, batch) -> logits``."""
-    return lambda params, batch: nnx.merge(graphdef, params)(batch).logits
+    strategy = strategy or Strategy()
+    return lambda params, batch: nnx.merge(graphdef, strategy.gather(params))(batch).logits
 
 
 def parameter_names(params: Params) -> list[str]:

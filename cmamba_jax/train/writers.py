@@ -140,6 +140,22 @@ class Progress:
         self._bar.close()
 
 
+class Silence:
+    """Stands for a `MetricWriter` and a `Progress` in processes that leave both to another one."""
+
+    def write(self, *args: object, **kwargs: object) -> None:
+        """Writes nothing."""
+
+    def update(self, *args: object) -> None:
+        """Shows nothing."""
+
+    def message(self, text: str) -> None:
+        """Prints nothing."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
 def _to_line(record: Mapping) -> str:
     # NaN and infinity are no JSON: null stands for both.
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan import discretize
 from pallas_kernels.coupled_scan.types import Array, Independent, Problem, ScanOutput, Shared
+from pallas_kernels.coupled_scan.varying import vary
 
 
 def scan(problem: Problem) -> ScanOutput:
@@ -19,6 +20,7 @@ def scan(problem: Problem) -> ScanOutput:
         *(over_time(v, 2) for v in (p.x, p.dt, p.B, p.C, p.z, p.mask)),
         over_time(p.reset, 1),
     )
+    p, inputs, state = vary((p, inputs, state))
     state, y = jax.lax.scan(lambda h, now: step(p, h, *now), state, inputs)
     return ScanOutput(y=jnp.moveaxis(y, 0, 2), final_state=state)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan import discretize
 from pallas_kernels.coupled_scan.types import Array, Independent, Problem, ScanOutput, Shared
+from pallas_kernels.coupled_scan.varying import vary
 from pallas_kernels.platform import default_platform
 
 # Floats of one [T, M, B, D, N] array that still sit in a CPU's cache (`cmamba bench scan --variants xla:8 xla:32`).
@@ -71,6 +72,7 @@ def scan(problem: Problem, *, chunk: int | None = None) -> ScanOutput:
 
     inputs = (*(cut(v, 2) for v in (p.x, p.dt, p.B, p.C, p.z, mask)), cut(p.reset, 1))
     state = jnp.zeros(p.state_shape, jnp.float32) if p.initial_state is None else p.initial_state
+    p, inputs, state = vary((p, inputs, state))
 
     body = jax.checkpoint(functools.partial(_chunk, p), prevent_cse=False)
     state, y = jax.lax.scan(lambda h, now: body(h, *now), state, inputs)

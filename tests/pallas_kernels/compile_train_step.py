@@ -1,4 +1,4 @@
-"""Compiles a sharded train step of the whole model for a TPU topology: `python compile_train_step.py v5e:2x2`.
+"""Compiles the train step of the whole model for a mesh: `python compile_train_step.py tpu v5e:2x2 data=2,sequence=2`.
 
 A process of its own, as libtpu reads its settings at import. Prints the compiled program.
 """
@@ -6,67 +6,55 @@ A process of its own, as libtpu reads its settings at import. Prints the compile
 import sys
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from cmamba_jax.config import ModelConfig, TaskConfig
+from cmamba_jax.batch import Batch
+from cmamba_jax.bench import topology
+from cmamba_jax.config import ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train.state import split_model
+from cmamba_jax.train import parallel
+from cmamba_jax.train.objective import make_loss_sum
+from cmamba_jax.train.optimizer import make_optimizer, make_schedule
+from cmamba_jax.train.state import init_state, make_train_step, split_model
 
 SAMPLES, LENGTH = 8, 64  # a device
 FEATURES = {"text": 32, "audio": 16, "vision": 8}
+TASK = TaskConfig(kind="regression")
 
 
-def main(topology: str) -> None:
-    devices = topologies.get_topology_desc(topology, "tpu").devices
-    mesh = jax.sharding.Mesh(devices, ("data",))
+def main(platform: str, name: str, layout: str) -> None:
+    sizes = dict.fromkeys(parallel.AXES, 1) | {k: int(v) for k, v in (pair.split("=") for pair in layout.split(","))}
+    devices = topology.devices(platform, name)
+    strategy = parallel.MeshStrategy(
+        jax.sharding.Mesh(np.array(devices).reshape([sizes[axis] for axis in parallel.AXES]), parallel.AXES)
+    )
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), steps_per_epoch=10, epochs=1))
     with jax.default_device(jax.devices("cpu")[0]):
-        config = ModelConfig(d_model=128, n_layers=2)
         graphdef, params = split_model(
-            CoupledMamba(config, features=FEATURES, task=TaskConfig(kind="regression"), rngs=nnx.Rngs(0))
+            CoupledMamba(ModelConfig(d_model=128, n_layers=2), features=FEATURES, task=TASK, rngs=nnx.Rngs(0))
         )
-        optimizer = optax.adam(1e-3)
-        opt_state = optimizer.init(params)
-
-    def loss(params, inputs, labels):
-        logits = nnx.merge(graphdef, params)(inputs, train=True, rngs=nnx.Rngs(dropout=0)).logits
-        return jax.lax.pmean(jnp.mean(jnp.abs(logits[:, 0] - labels)), "data")
-
-    sharded_loss = jax.shard_map(
-        loss,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data"), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
+        state = init_state(params, optimizer, seed=0)
+    batch, length = SAMPLES * sizes["data"] * sizes["fsdp"], LENGTH * sizes["sequence"]
+    inputs = Batch(
+        inputs={m: np.zeros((batch, length, f), np.float32) for m, f in FEATURES.items()},
+        mask={m: np.ones((batch, length), bool) for m in FEATURES},
+        labels=np.zeros((batch, 1), np.float32),
+        weight=np.ones(batch, np.float32),
     )
 
-    def step(params, opt_state, inputs, labels):
-        value, grads = jax.value_and_grad(sharded_loss)(params, inputs, labels)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+    def abstract(tree, shardings):
+        return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)
 
-    def abstract(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), tree)
-
-    batch = SAMPLES * len(devices)
-    inputs = {m: jax.ShapeDtypeStruct((batch, LENGTH, f), jnp.float32) for m, f in FEATURES.items()}
-    labels = jax.ShapeDtypeStruct((batch,), jnp.float32)
     with jax.default_device(devices[0]):
         compiled = (
-            jax.jit(step)
-            .lower(
-                abstract(params, PartitionSpec()),
-                abstract(opt_state, PartitionSpec()),
-                abstract(inputs, PartitionSpec("data")),
-                abstract(labels, PartitionSpec("data")),
-            )
+            make_train_step(graphdef, optimizer, make_loss_sum(TASK, TrainConfig()), strategy)
+            .trace(abstract(state, strategy.shardings(state)), abstract(inputs, strategy.batch_shardings(inputs)))
+            .lower(lowering_platforms=(platform,))
             .compile()
         )
     print(compiled.as_text())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

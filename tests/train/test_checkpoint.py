@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import resource
 import shutil
 
 import jax
@@ -146,3 +148,49 @@ def test_no_checkpoint(tmp_path, make_state):
     assert not checkpoint.exists(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         load_params(tmp_path, make_state().params)
+
+
+@contextlib.contextmanager
+def files_of_at_most(n_bytes):
+    """Writing more to a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_message_and_leaves_the_checkpoint_before_it(tmp_path, make_state):
+    def big(fill, step):
+        state = make_state(fill=fill)
+        return dataclasses.replace(state, params={"w": jnp.arange(2.0**16) + fill}), Position(step=step)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save("last", *big(1.0, 1))
+    with (
+        pytest.raises(CheckpointError, match=r"last/2 cannot be written \(.*\); free space or .* --resume"),
+        files_of_at_most(20_000),
+        Checkpoints(tmp_path) as checkpoints,
+    ):
+        checkpoints.save("last", *big(2.0, 2))
+    state, position = load_last(tmp_path, big(0.0, 0)[0])
+    assert position.step == 1 and equal(state.params, {"w": np.arange(2.0**16) + 1})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save("last", *big(3.0, 3))
+    assert load_last(tmp_path, big(0.0, 0)[0])[1].step == 3
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "best").write_text("a file where a folder should be")
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\); free space or make the folder writable"):
+        Checkpoints(tmp_path)
+
+
+def test_remains_of_a_killed_deletion_are_removed(tmp_path, make_state):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save("last", make_state(fill=step), Position(step=step))
+    (tmp_path / "last" / "1" / "_CHECKPOINT_METADATA").unlink()
+    Checkpoints(tmp_path).close()
+    assert sorted(p.name for p in (tmp_path / "last").iterdir()) == ["2", "3"]

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels.coupled_scan.mosaic_tpu import backward, forward
 from pallas_kernels.coupled_scan.mosaic_tpu.plan import LANES, LOG2E, Plan, make_flags, pad_last
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
+from pallas_kernels.coupled_scan.varying import vary
 
 
 def scan(interpret: Any, problem: Problem) -> ScanOutput:
@@ -23,15 +24,7 @@ def scan(interpret: Any, problem: Problem) -> ScanOutput:
     Returns:
         y and the final state.
     """
-    # Inside shard_map parameters are the same on all devices, but their gradients here are not: JAX sums them over the
-    # devices where a parameter is made to vary, which has to happen outside of the derivative rule.
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(problem)))
-
-    def vary(leaf: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return _scan(interpret, jax.tree.map(vary, problem))
+    return _scan(interpret, vary(problem))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
