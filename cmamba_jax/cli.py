@@ -30,8 +30,9 @@ commands:
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
-  bench {scan,step,tpu-static} ...              measure the scan or the host's cost of a training step; figures of the
-                                                TPU compiler
+  stream RUN_DIR [--port P] [--state FILE]      answer live samples step by step: JSON lines on stdin or a local socket
+  bench {scan,step,stream,tpu-static} ...       measure the scan, the host's cost of a training step, or live streams;
+                                                figures of the TPU compiler
   doctor                                        versions, devices, and a check of every scan implementation here
 
 CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _run(words)
     except KeyboardInterrupt:
-        print("cmamba: interrupted; the same command with --resume continues a training run", file=sys.stderr)
+        resume = "; the same command with --resume continues a training run" if words[:1] == ["train"] else ""
+        print(f"cmamba: interrupted{resume}", file=sys.stderr)
         sys.exit(130)
     except ValueError as error:
         if not isinstance(error, _user_errors()):
@@ -160,8 +162,55 @@ def _predict(words: list[str]) -> None:
     tyro.cli(predict, args=words, prog="cmamba predict")
 
 
+def _stream(words: list[str]) -> None:
+    def stream(
+        run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+        /,
+        port: int | None = None,
+        max_delay: int = 0,
+        state: pathlib.Path | None = None,
+        checkpoint: Literal["best", "last"] = "best",
+    ) -> None:
+        """Answer live samples step by step, with constant memory.
+
+        One JSON object a line: {"accelerometer": [0.1, 9.8, 0.3], "gyroscope": [0, 0, 1]} is the next step; what is
+        not named is missing. With "time": 17, the number of the step, its samples may come in several lines and late.
+        {"restart": true} starts a new sequence, {"finish": true} ends one.
+
+        Args:
+            run_dir: Folder of the run, such as runs/watch/001.
+            port: Listen on this port of 127.0.0.1 (0: a free one) instead of reading stdin; a stream a connection.
+            max_delay: Steps that a sample may come late, with "time".
+            state: File to go on from where it exists, and to write at the end of stdin (also after Ctrl-C).
+            checkpoint: Which parameters.
+        """
+        from cmamba_jax.deploy import jsonlines
+        from cmamba_jax.deploy.streaming import StreamingSession
+        from cmamba_jax.train import load_run
+
+        if state is not None and port is not None:
+            raise UserError("--state belongs to one stream on stdin; leave --port or --state out")
+        run = load_run(run_dir, which=checkpoint)
+        session = StreamingSession(run, max_delay=max_delay)
+        jsonlines.check_names(session)
+        if port is not None:
+            with jsonlines.Server(port, lambda: StreamingSession(run, max_delay=max_delay)) as server:
+                print(f"listening on 127.0.0.1:{server.server_address[1]}", file=sys.stderr, flush=True)
+                server.serve_forever()
+        if state is not None and state.exists():
+            session.load(state)
+        try:
+            for line in jsonlines.reply(session, jsonlines.read_lines(sys.stdin.buffer), finish=state is None):
+                print(line, end="", flush=True)
+        finally:
+            if state is not None:
+                session.save(state)
+
+    tyro.cli(stream, args=words, prog="cmamba stream")
+
+
 def _bench(words: list[str]) -> None:
-    known = ("scan", "step", "tpu-static")
+    known = ("scan", "step", "stream", "tpu-static")
     if not words or words[0] not in known:
         raise UserError(f"bench: expected one of {', '.join(known)}, got {words[0] if words else 'nothing'!r}")
     importlib.import_module(f"cmamba_jax.bench.{words[0].replace('-', '_')}").main(words[1:])
@@ -183,6 +232,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "info": _info,
     "eval": _eval,
     "predict": _predict,
+    "stream": _stream,
     "bench": _bench,
     "doctor": _doctor,
 }

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -206,7 +207,7 @@ def test_help(call, config_file):
 def test_unknown_commands(fails):
     assert "unknown command 'trian'" in (message := fails("trian")) and "did you mean 'train'?" in message
     assert "needs a CONFIG first" in fails("train")
-    assert "expected one of scan, step, tpu-static, got 'skan'" in fails("bench", "skan")
+    assert "expected one of scan, step, stream, tpu-static, got 'skan'" in fails("bench", "skan")
 
 
 CONFIG_MISTAKES = {
@@ -311,3 +312,29 @@ def test_interrupt_is_no_traceback(call, config_file, monkeypatch):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "cmamba_jax", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("cmamba: error: unknown command 'trian'")
+
+
+def test_stream_answers_goes_on_and_survives_nonsense(call, tiny_run, tmp_path, monkeypatch):
+    sample = next(iter(load(tiny.TINY.data).test))["inputs"]
+    lines = [json.dumps({m: values[t].tolist() for m, values in sample.items()}) for t in range(8)]
+
+    def stream(lines, *words):
+        text = "".join(line + "\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        code, out, err = call("stream", tiny_run.run_dir, *words)
+        assert code == 0 and err == ""
+        return [json.loads(line) for line in out.splitlines()]
+
+    whole = stream([lines[0], "nonsense", *lines[1:]])
+    assert "error" in whole.pop(1) and [r["time"] for r in whole] == list(range(8))
+    state = ["--state", tmp_path / "state.npz"]
+    assert stream(lines[:3], *state) + stream(lines[3:], *state) == whole
+    expected = load_run(tiny_run.run_dir).predict({m: values[None] for m, values in sample.items()})[0].outputs
+    np.testing.assert_allclose(list(whole[-1]["outputs"].values()), expected, rtol=1e-4)
+
+
+def test_stream_mistakes(fails, tiny_run, tmp_path):
+    assert "leave --port or --state out" in fails(
+        "stream", tiny_run.run_dir, "--port", 0, "--state", tmp_path / "s.npz"
+    )
+    assert "expected at least 1 stream and a delay >= 0" in fails("stream", tiny_run.run_dir, "--max-delay", -1)

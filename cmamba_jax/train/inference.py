@@ -74,7 +74,7 @@ class Run:
             raise UserError(f"unknown split {split!r}; expected train, valid or test")
         splits = load_splits(self.config) if splits is None else splits
         evaluator = Evaluator(self._predict, make_loss_sum(self.info.task, self.config.train), self.info.task)
-        return evaluator(self._params, self._pipeline(splits, self.config.pipeline).batches(split))
+        return evaluator(self.params, self._pipeline(splits, self.config.pipeline).batches(split))
 
     def predict(
         self,
@@ -108,11 +108,11 @@ class Run:
         batches = self._pipeline(Splits(self.info, samples[:1], samples[:1], samples), config).batches("test")
         logits = []
         for batch in batches:
-            outputs = np.asarray(self._predict(self._params, batch), np.float32)
+            outputs = np.asarray(self._predict(self.params, batch), np.float32)
             logits += list(outputs[np.asarray(batch.weight) > 0])
         per_step = self.info.task.per == "step"
         return [
-            self._prediction(sample["id"], values[:length] if per_step else values)
+            Prediction(sample["id"], *interpret(self.info, values[:length] if per_step else values))
             for sample, values, length in zip(samples, logits, lengths, strict=True)
         ]
 
@@ -121,24 +121,17 @@ class Run:
         return state.make_predict_step(state.split_model(self.model)[0])
 
     @functools.cached_property
-    def _params(self) -> state.Params:
+    def stream_step(self):
+        """``step(params, state, inputs, mask)`` of `state.make_stream_step`, compiled once for all streams."""
+        return state.make_stream_step(state.split_model(self.model)[0])
+
+    @functools.cached_property
+    def params(self) -> state.Params:
+        """The parameters of the model, a pure dict of arrays."""
         return state.split_model(self.model)[1]
 
     def _pipeline(self, splits: Splits, config: PipelineConfig) -> Pipeline:
         return Pipeline(splits, config, seed=self.config.train.seed, normalizer=self.normalizer)
-
-    def _prediction(self, name: str, logits: np.ndarray) -> Prediction:
-        names = np.array(self.info.label_names)
-        match self.info.task.kind:
-            case "classification":
-                outputs = special.softmax(logits, axis=-1)
-                labels = tuple(names[np.atleast_1d(outputs.argmax(-1))].tolist())
-            case "multilabel":
-                outputs = special.expit(logits)
-                labels = tuple(tuple(names[row > 0.5].tolist()) for row in np.atleast_2d(outputs))
-            case "regression":
-                outputs, labels = logits, ()
-        return Prediction(name, outputs, labels)
 
     def _sample(self, name: str, inputs: dict[str, np.ndarray], mask: dict[str, np.ndarray]) -> Sample:
         task, length = self.info.task, len(next(iter(inputs.values()), ()))
@@ -196,6 +189,24 @@ def load_run(run_dir: str | os.PathLike, *, which: str = "best") -> Run:
     graphdef, params = state.split_model(model)
     params, position = checkpoint.load_params(run_dir / "checkpoints", params, name=which)
     return Run(run_dir, config, info, normalizer, nnx.merge(graphdef, params), position.epoch)
+
+
+def interpret(info: DataInfo, logits: np.ndarray) -> tuple[np.ndarray, tuple]:
+    """What logits [..., K] mean: the ``outputs`` and ``labels`` of `Prediction`.
+
+    Args:
+        info: task and label names.
+        logits: of one sequence [K] or of several predictions [L, K].
+    """
+    match info.task.kind:
+        case "classification":
+            best = np.atleast_1d(logits.argmax(-1))
+            return special.softmax(logits, axis=-1), tuple(info.label_names[k] for k in best)
+        case "multilabel":
+            outputs = special.expit(logits)
+            names = np.array(info.label_names)
+            return outputs, tuple(tuple(names[row > 0.5].tolist()) for row in np.atleast_2d(outputs))
+    return logits, ()
 
 
 def format_predictions(predictions: Iterable[Prediction], info: DataInfo, kind: str) -> str:
