@@ -30,6 +30,7 @@ commands:
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
+  export RUN_DIR FOLDER [--format F]            safetensors + config.json + model card, or StableHLO for any device
   stream RUN_DIR [--port P] [--state FILE]      answer live samples step by step: JSON lines on stdin or a local socket
   bench {scan,step,stream,tpu-static} ...       measure the scan, the host's cost of a training step, or live streams;
                                                 figures of the TPU compiler
@@ -120,13 +121,13 @@ def _eval(words: list[str]) -> None:
         """Score a trained model on a split of its data set.
 
         Args:
-            run_dir: Folder of the run, such as runs/watch/001.
+            run_dir: Folder of the run, such as runs/watch/001, or of an exported model.
             split: Which part of the data.
             checkpoint: Which parameters.
         """
-        from cmamba_jax.train import load_run
+        from cmamba_jax.deploy.pretrained import load_model
 
-        _print_metrics(split, load_run(run_dir, which=checkpoint).evaluate(split).metrics)
+        _print_metrics(split, load_model(run_dir, which=checkpoint).evaluate(split).metrics)
 
     tyro.cli(evaluate, args=words, prog="cmamba eval")
 
@@ -142,7 +143,7 @@ def _predict(words: list[str]) -> None:
         """Predict sequences from .npz files, each with one array [L, F] for every modality.
 
         Args:
-            run_dir: Folder of the run, such as runs/watch/001.
+            run_dir: Folder of the run, such as runs/watch/001, or of an exported model.
             input: An .npz file, or a folder of them.
             output: File to write, .csv or .jsonl; without it, CSV goes to the screen.
             checkpoint: Which parameters.
@@ -150,9 +151,10 @@ def _predict(words: list[str]) -> None:
         kind = "csv" if output is None else output.suffix.removeprefix(".")
         if kind not in ("csv", "jsonl"):
             raise UserError(f"{output}: expected a name that ends in .csv or .jsonl")
-        from cmamba_jax.train.inference import format_predictions, load_run
+        from cmamba_jax.deploy.pretrained import load_model
+        from cmamba_jax.train.inference import format_predictions
 
-        run = load_run(run_dir, which=checkpoint)
+        run = load_model(run_dir, which=checkpoint)
         text = format_predictions(run.predict(input), run.info, kind)
         if output is None:
             print(text, end="")
@@ -160,6 +162,45 @@ def _predict(words: list[str]) -> None:
             output.write_text(text, encoding="utf-8")
 
     tyro.cli(predict, args=words, prog="cmamba predict")
+
+
+def _export(words: list[str]) -> None:
+    def export(
+        run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+        folder: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+        /,
+        format: Literal["pretrained", "stablehlo"] = "pretrained",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        length: int | None = None,
+        checkpoint: Literal["best", "last"] = "best",
+    ) -> None:
+        """Write a trained model for others; needs `pip install "cmamba-jax[hub]"`.
+
+        Args:
+            run_dir: Folder of the run, such as runs/watch/001.
+            folder: Folder to write.
+            format: "pretrained": model.safetensors, config.json and a model card, which eval, predict, stream and
+                PretrainedModel.from_pretrained read; "stablehlo": a function of the inputs that runs on CPU, CUDA and
+                TPU with JAX alone.
+            dtype: Of the stored parameters ("pretrained").
+            length: Length of the sequences ("stablehlo").
+            checkpoint: Which parameters.
+        """
+        from cmamba_jax.deploy import artefact, pretrained
+
+        if (format == "stablehlo") != (length is not None) or (format == "stablehlo" and dtype is not None):
+            raise UserError("--length belongs to --format stablehlo, which needs it; --dtype to --format pretrained")
+        run = pretrained.load_model(run_dir, which=checkpoint)
+        if length is not None:
+            print(f"written to {artefact.save(run, folder, length=length)}")
+            return
+        pretrained.save(run, folder, dtype=dtype)
+        from cmamba_jax.deploy.hub import PretrainedModel
+
+        PretrainedModel(run).generate_model_card().save(folder / "README.md")
+        print(f"written to {folder}")
+
+    tyro.cli(export, args=words, prog="cmamba export")
 
 
 def _stream(words: list[str]) -> None:
@@ -178,19 +219,19 @@ def _stream(words: list[str]) -> None:
         {"restart": true} starts a new sequence, {"finish": true} ends one.
 
         Args:
-            run_dir: Folder of the run, such as runs/watch/001.
+            run_dir: Folder of the run, such as runs/watch/001, or of an exported model.
             port: Listen on this port of 127.0.0.1 (0: a free one) instead of reading stdin; a stream a connection.
             max_delay: Steps that a sample may come late, with "time".
             state: File to go on from where it exists, and to write at the end of stdin (also after Ctrl-C).
             checkpoint: Which parameters.
         """
         from cmamba_jax.deploy import jsonlines
+        from cmamba_jax.deploy.pretrained import load_model
         from cmamba_jax.deploy.streaming import StreamingSession
-        from cmamba_jax.train import load_run
 
         if state is not None and port is not None:
             raise UserError("--state belongs to one stream on stdin; leave --port or --state out")
-        run = load_run(run_dir, which=checkpoint)
+        run = load_model(run_dir, which=checkpoint)
         session = StreamingSession(run, max_delay=max_delay)
         jsonlines.check_names(session)
         if port is not None:
@@ -232,6 +273,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "info": _info,
     "eval": _eval,
     "predict": _predict,
+    "export": _export,
     "stream": _stream,
     "bench": _bench,
     "doctor": _doctor,

@@ -338,3 +338,14 @@ def test_stream_mistakes(fails, tiny_run, tmp_path):
         "stream", tiny_run.run_dir, "--port", 0, "--state", tmp_path / "s.npz"
     )
     assert "expected at least 1 stream and a delay >= 0" in fails("stream", tiny_run.run_dir, "--max-delay", -1)
+
+
+def test_export_writes_what_the_other_commands_read(call, fails, tiny_run, tmp_path):
+    code, out, err = call("export", tiny_run.run_dir, tmp_path / "model")
+    assert (code, out, err) == (0, f"written to {tmp_path}/model\n", "")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert call("eval", tmp_path / "model")[1] == call("eval", tiny_run.run_dir)[1]
+    with tiny.symbolic_sizes():
+        code, _, err = call("export", tmp_path / "model", tmp_path / "artefact", "--format", "stablehlo", "--length", 8)
+    assert code == 0 and err == "" and (tmp_path / "artefact/model.stablehlo").stat().st_size > 1000
+    assert "--format stablehlo, which needs it" in fails("export", tiny_run.run_dir, tmp_path, "--format", "stablehlo")

@@ -7,11 +7,18 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from cmamba_jax.deploy.hub import PretrainedModel
+    from cmamba_jax.deploy.pretrained import load_model
     from cmamba_jax.deploy.streaming import Answer, StreamingSession
 
-__all__ = ["Answer", "StreamingSession"]
+__all__ = ["Answer", "PretrainedModel", "StreamingSession", "load_model"]
 
-_HOMES = {"Answer": "streaming", "StreamingSession": "streaming"}
+_HOMES = {
+    "Answer": "streaming",
+    "PretrainedModel": "hub",
+    "StreamingSession": "streaming",
+    "load_model": "pretrained",
+}
 
 
 def __getattr__(name: str):

@@ -54,6 +54,7 @@ class Run:
         normalizer: feature scaling, as fitted on the training samples.
         model: the model with the parameters of the checkpoint; expects normalised inputs.
         epoch: epoch of the checkpoint.
+        metrics: of an exported model, per split; those of a run are in its report.
     """
 
     run_dir: pathlib.Path
@@ -62,6 +63,7 @@ class Run:
     normalizer: Normalizer
     model: nnx.Module
     epoch: int
+    metrics: dict[str, dict[str, float | None]] | None = None
 
     def evaluate(self, split: str = "test", splits: Splits | None = None) -> Evaluation:
         """Scores a split: metrics, and the outputs and labels of all predictions that count.
