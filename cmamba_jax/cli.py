@@ -31,6 +31,7 @@ commands:
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
   export RUN_DIR FOLDER [--format F]            safetensors + config.json + model card, or StableHLO for any device
+  convert CHECKPOINT FOLDER                     the published PyTorch weights as a model of this package
   stream RUN_DIR [--port P] [--state FILE]      answer live samples step by step: JSON lines on stdin or a local socket
   bench {scan,step,stream,tpu-static} ...       measure the scan, the host's cost of a training step, or live streams;
                                                 figures of the TPU compiler
@@ -203,6 +204,26 @@ def _export(words: list[str]) -> None:
     tyro.cli(export, args=words, prog="cmamba export")
 
 
+def _convert(words: list[str]) -> None:
+    def convert(
+        checkpoint: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+        folder: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+        /,
+    ) -> None:
+        """Convert a state dict of the published Coupled Mamba into a folder like those of `cmamba export`.
+
+        Args:
+            checkpoint: State dict, .safetensors, or .pt where PyTorch is installed.
+            folder: Folder to write.
+        """
+        from cmamba_jax.deploy import pretrained, published
+
+        run = published.convert(published.read(checkpoint))
+        print(f"written to {pretrained.save(run, folder)}")
+
+    tyro.cli(convert, args=words, prog="cmamba convert")
+
+
 def _stream(words: list[str]) -> None:
     def stream(
         run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
@@ -274,6 +295,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "predict": _predict,
     "export": _export,
+    "convert": _convert,
     "stream": _stream,
     "bench": _bench,
     "doctor": _doctor,

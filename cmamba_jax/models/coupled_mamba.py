@@ -115,8 +115,9 @@ class CoupledMamba(nnx.Module):
         self.blocks = nnx.List([CoupledMambaBlock(config, m, rngs=rngs) for _ in range(config.n_layers)])
         n_mixes = config.n_layers - 1 if config.coupling == "released" else 0
         self.mixes = nnx.List([LayerCoupling(config, m, rngs=rngs) for _ in range(n_mixes)])
-        self.norm_scale = nnx.Param(jnp.ones((m, config.d_model), jnp.float32))
-        self.norm_bias = nnx.Param(jnp.zeros((m, config.d_model), jnp.float32))
+        if config.block_norm == "pre":
+            self.norm_scale = nnx.Param(jnp.ones((m, config.d_model), jnp.float32))
+            self.norm_bias = nnx.Param(jnp.zeros((m, config.d_model), jnp.float32))
         self.head = heads.FusionHead(config, m, task.n_outputs, rngs=rngs)
 
     @property
@@ -185,7 +186,9 @@ class CoupledMamba(nnx.Module):
             layers.append(layer)
             if i < len(self.mixes):
                 x = self.mixes[i](x, mask=seen)
-        x = functional.keep(functional.layer_norm(x, self.norm_scale[...], self.norm_bias[...]), seen)
+        if self.config.block_norm == "pre":
+            x = functional.layer_norm(x, self.norm_scale[...], self.norm_bias[...])
+        x = functional.keep(x, seen)
 
         pooled = state.pool
         if self.task.per == "step":

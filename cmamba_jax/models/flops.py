@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from cmamba_jax.config import ModelConfig, TaskConfig
+from cmamba_jax.models.encoders import MLP_HIDDEN
 
 
 def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskConfig, length: int) -> dict[str, int]:
@@ -35,13 +36,17 @@ def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskCo
     rank = config.dt_rank or math.ceil(f / 8)
     directions = 2 if config.direction == "bidirectional" else 1
     taps = config.encoder_width if config.encoder == "conv" else 1
+    width = MLP_HIDDEN if config.encoder == "mlp" else f
     steps = m * length * config.n_layers
     coupled = {"shared": 1, "full": 2 * m}.get(config.coupling, 0)
     mixes = config.n_layers - 1 if config.coupling == "released" else 0
     fused = f * (m if config.fusion == "concat" else 1)
     heads = (m if config.fusion == "late" else 1) * (length if task.per == "step" else 1)
     return {
-        "encoders": 2 * length * taps * config.frame * sum(features.values()) * f,
+        "encoders": 2
+        * length
+        * width
+        * (taps * config.frame * sum(features.values()) + (m * f if config.encoder == "mlp" else 0)),
         "projections": 2 * steps * (f * 2 * d + directions * d * (rank + 2 * n) + directions * rank * d + d * f),
         "convolution": 2 * steps * directions * config.d_conv * d,
         "scan": (6 + coupled) * steps * directions * d * n,
