@@ -30,6 +30,7 @@ commands:
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test]                   score a trained model
   predict RUN_DIR INPUT [--output FILE]         predict .npz files: one file, or a folder of them
+  explain RUN_DIR INPUT [--output FILE]         picture of what each modality contributes over time to one prediction
   export RUN_DIR FOLDER [--format F]            safetensors + config.json + model card, or StableHLO for any device
   convert CHECKPOINT FOLDER                     the published PyTorch weights as a model of this package
   stream RUN_DIR [--port P] [--state FILE]      answer live samples step by step: JSON lines on stdin or a local socket
@@ -165,6 +166,42 @@ def _predict(words: list[str]) -> None:
     tyro.cli(predict, args=words, prog="cmamba predict")
 
 
+def _explain(words: list[str]) -> None:
+    def explain(
+        run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+        input: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")],
+        /,
+        output: pathlib.Path = pathlib.Path("explanation.png"),
+        target: str | None = None,
+        checkpoint: Literal["best", "last"] = "best",
+    ) -> None:
+        """Draw what each modality contributes over time: integrated gradients, state energy, coupling flow.
+
+        Args:
+            run_dir: Folder of the run, such as runs/watch/001, or of an exported model.
+            input: An .npz file, or SPLIT:NUMBER for a sample of the run's own data, such as test:0.
+            output: Picture to write, .png; the numbers go beside it, .json.
+            target: Output to explain; without it, the most probable one.
+            checkpoint: Which parameters.
+        """
+        if output.suffix != ".png":
+            raise UserError(f"{output}: expected a name that ends in .png")
+        from cmamba_jax.deploy.pretrained import load_model
+        from cmamba_jax.train import explain, figures
+
+        run = load_model(run_dir, which=checkpoint)
+        inputs, masks = run.sample(input)
+        result = explain.explain(run, inputs, masks=masks, target=target)
+        output.write_bytes(figures.to_png(result.draw()))
+        output.with_suffix(".json").write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
+        label = f", prediction {result.label[0]}" if result.label else ""
+        shares = "  ".join(f"{name} {100 * share:.0f}%" for name, share in result.shares().items())
+        print(f"{result.target}: logit {result.logit:.4f}{label}; contributions: {shares}")
+        print(f"written to {output} and {output.with_suffix('.json')}")
+
+    tyro.cli(explain, args=words, prog="cmamba explain")
+
+
 def _export(words: list[str]) -> None:
     def export(
         run_dir: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
@@ -294,6 +331,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "info": _info,
     "eval": _eval,
     "predict": _predict,
+    "explain": _explain,
     "export": _export,
     "convert": _convert,
     "stream": _stream,

@@ -349,3 +349,13 @@ def test_export_writes_what_the_other_commands_read(call, fails, tiny_run, tmp_p
         code, _, err = call("export", tmp_path / "model", tmp_path / "artefact", "--format", "stablehlo", "--length", 8)
     assert code == 0 and err == "" and (tmp_path / "artefact/model.stablehlo").stat().st_size > 1000
     assert "--format stablehlo, which needs it" in fails("export", tiny_run.run_dir, tmp_path, "--format", "stablehlo")
+
+
+def test_explain_draws_a_picture(call, fails, tiny_run, tmp_path):
+    code, out, err = call("explain", tiny_run.run_dir, "test:0", "--output", tmp_path / "e.png", "--target", "1")
+    assert code == 0 and err == "" and out.startswith("1: logit ") and "contributions: cue " in out
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    values = json.loads((tmp_path / "e.json").read_text())
+    assert values["modalities"] == ["cue", "symbols"] and np.shape(values["attribution"]) == (2, 8)
+    assert "ends in .png" in fails("explain", tiny_run.run_dir, "test:0", "--output", tmp_path / "e.pdf")
+    assert "expected an .npz file" in fails("explain", tiny_run.run_dir, tmp_path / "absent.npz")

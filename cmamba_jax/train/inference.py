@@ -15,8 +15,10 @@ import numpy.typing as npt
 from flax import nnx
 from scipy import special
 
+from cmamba_jax.batch import Batch
 from cmamba_jax.config import ExperimentConfig, PipelineConfig
 from cmamba_jax.data import DataError, DataInfo, Normalizer, Pipeline, Sample, Splits
+from cmamba_jax.data.checks import checked
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import checkpoint, runs, state
@@ -117,6 +119,33 @@ class Run:
             Prediction(sample["id"], *interpret(self.info, values[:length] if per_step else values))
             for sample, values, length in zip(samples, logits, lengths, strict=True)
         ]
+
+    def batch(self, inputs: Mapping[str, npt.ArrayLike], masks: Mapping[str, npt.ArrayLike] | None = None) -> Batch:
+        """One sequence [L, F] (and masks bool [L]) of each modality, checked and normalised, as a batch of one."""
+        given = {name: [values] for name, values in inputs.items()}
+        (sample,) = self._from_memory(given, {name: [values] for name, values in (masks or {}).items()})
+        sample = self.normalizer(checked(sample, self.info))
+        inputs, masks = ({name: sample[part][name][None] for name in self.info.features} for part in ("inputs", "mask"))
+        return Batch(inputs=inputs, mask=masks)
+
+    def sample(self, where: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Inputs and masks of one sequence.
+
+        Args:
+            where: an .npz file, see `predict`; or SPLIT:NUMBER for a sample of the configured data, such as "test:0".
+
+        Raises:
+            UserError: there is no such file or sample.
+        """
+        split, _, number = where.partition(":")
+        if split in ("train", "valid", "test") and number.isdecimal():
+            samples = getattr(load_splits(self.config), split)
+            if int(number) >= len(samples):
+                raise UserError(f"{where}: the {split} split has {len(samples)} samples, 0 to {len(samples) - 1}")
+            sample = samples[int(number)]
+        else:
+            (sample,) = self._read(pathlib.Path(where))
+        return sample["inputs"], sample.get("mask") or {}
 
     @functools.cached_property
     def _predict(self):
