@@ -90,6 +90,10 @@ class Explanation:
         unit = "step" if length == steps else f"sample (above) or frame of {-(-length // steps)} samples"
         return figures.over_time(panels, theme, time_label=unit)
 
+    def _repr_png_(self) -> bytes:
+        """The picture, where a notebook shows the explanation."""
+        return figures.to_png(self.draw(), dpi=90)
+
 
 def explain(
     run: Run,
