@@ -4,7 +4,9 @@ After a change of notebooks/*.py: pytest tests/test_notebooks.py --update-golden
 writes the .ipynb files.
 """
 
+import base64
 import importlib.metadata
+import io
 import pathlib
 import re
 import sys
@@ -13,6 +15,7 @@ import types
 import jupytext
 import nbclient
 import nbformat
+import PIL.Image
 import pytest
 
 from cmamba_jax import versions
@@ -52,9 +55,20 @@ def write(notebook, path):
         cell.id = f"{path.stem}-{i}".replace("_", "-")
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [shrunk(o) for o in cell.outputs if o.get("name") != "stderr"]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     nbformat.write(notebook, path)
+
+
+def shrunk(output):
+    """The output with a smaller picture: 640 dots wide, 64 colours."""
+    if png := output.get("data", {}).get("image/png"):
+        picture = PIL.Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+        picture.thumbnail((640, 1200))
+        file = io.BytesIO()
+        picture.quantize(64).save(file, "PNG", optimize=True)
+        output["data"]["image/png"] = base64.b64encode(file.getvalue()).decode()
+    return output
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
