@@ -190,13 +190,11 @@ def _explain(words: list[str]) -> None:
         from cmamba_jax.train import explain, figures
 
         run = load_model(run_dir, which=checkpoint)
-        inputs, masks = run.sample(input)
-        result = explain.explain(run, inputs, masks=masks, target=target)
+        result = explain.explain(run, *run.sample(input), target=target)
         output.write_bytes(figures.to_png(result.draw()))
         output.with_suffix(".json").write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
-        label = f", prediction {result.label[0]}" if result.label else ""
         shares = "  ".join(f"{name} {100 * share:.0f}%" for name, share in result.shares().items())
-        print(f"{result.target}: logit {result.logit:.4f}{label}; contributions: {shares}")
+        print(f"{result.target}: logit {result.logit:.4f}; contributions: {shares}")
         print(f"written to {output} and {output.with_suffix('.json')}")
 
     tyro.cli(explain, args=words, prog="cmamba explain")
@@ -217,9 +215,8 @@ def _export(words: list[str]) -> None:
         Args:
             run_dir: Folder of the run, such as runs/watch/001.
             folder: Folder to write.
-            format: "pretrained": model.safetensors, config.json and a model card, which eval, predict, stream and
-                PretrainedModel.from_pretrained read; "stablehlo": a function of the inputs that runs on CPU, CUDA and
-                TPU with JAX alone.
+            format: "pretrained": model.safetensors, config.json and a model card, which the other commands read;
+                "stablehlo": a function of the inputs that runs on CPU, CUDA and TPU with JAX alone.
             dtype: Of the stored parameters ("pretrained").
             length: Length of the sequences ("stablehlo").
             checkpoint: Which parameters.
@@ -230,12 +227,12 @@ def _export(words: list[str]) -> None:
             raise UserError("--length belongs to --format stablehlo, which needs it; --dtype to --format pretrained")
         run = pretrained.load_model(run_dir, which=checkpoint)
         if length is not None:
-            print(f"written to {artefact.save(run, folder, length=length)}")
-            return
-        pretrained.save(run, folder, dtype=dtype)
-        from cmamba_jax.deploy.hub import PretrainedModel
+            artefact.save(run, folder, length=length)
+        else:
+            pretrained.save(run, folder, dtype=dtype)
+            from cmamba_jax.deploy.hub import PretrainedModel
 
-        PretrainedModel(run).generate_model_card().save(folder / "README.md")
+            PretrainedModel(run).generate_model_card().save(folder / "README.md")
         print(f"written to {folder}")
 
     tyro.cli(export, args=words, prog="cmamba export")
@@ -255,8 +252,7 @@ def _convert(words: list[str]) -> None:
         """
         from cmamba_jax.deploy import pretrained, published
 
-        run = published.convert(published.read(checkpoint))
-        print(f"written to {pretrained.save(run, folder)}")
+        print(f"written to {pretrained.save(published.convert(published.read(checkpoint)), folder)}")
 
     tyro.cli(convert, args=words, prog="cmamba convert")
 
@@ -273,7 +269,7 @@ def _stream(words: list[str]) -> None:
         """Answer live samples step by step, with constant memory.
 
         One JSON object a line: {"accelerometer": [0.1, 9.8, 0.3], "gyroscope": [0, 0, 1]} is the next step; what is
-        not named is missing. With "time": 17, the number of the step, its samples may come in several lines and late.
+        not named is missing. With "time": 17, the number of the step, samples may come in several lines and late.
         {"restart": true} starts a new sequence, {"finish": true} ends one.
 
         Args:

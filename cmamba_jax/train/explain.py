@@ -98,8 +98,8 @@ class Explanation:
 def explain(
     run: Run,
     inputs: Mapping[str, npt.ArrayLike],
-    *,
     masks: Mapping[str, npt.ArrayLike] | None = None,
+    *,
     target: str | int | None = None,
     step: int = -1,
     points: int = 256,
