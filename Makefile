@@ -6,11 +6,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help run test clean
+.PHONY: help run test docs wheel clean
 
 help:
 	@echo "make run    install, train on the watch data, evaluate on held-out people, write a report"
 	@echo "make test   install, lint and run the tests"
+	@echo "make docs   install, build the API reference in build/docs"
+	@echo "make wheel  build the wheel and run the quick start from it in a clean environment"
 	@echo "make clean  remove the virtual environment $(VENV)"
 
 run: $(VENV)/installed-data
@@ -20,6 +22,15 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+
+docs: $(VENV)/installed-test
+	$(BIN)/python tests/api_reference.py build/docs
+
+wheel: $(BIN)/python
+	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	"$(PYTHON)" -m venv --clear build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet build/wheel/cmamba_jax-*.whl
+	cd build/wheel && venv/bin/python ../../tests/quick_start.py
 
 clean:
 	rm -rf $(VENV)

@@ -55,8 +55,11 @@ class ModelConfig:
     """Bidirectional blocks add a second scan that runs backwards in time."""
     frame: int = 1
     """Consecutive samples stacked into one step of the model (predictions per sequence only)."""
-    encoder: Literal["linear", "conv"] = "linear"
-    """Per-modality encoder: a linear map, or a causal convolution over time and SiLU."""
+    block_norm: Literal["pre", "both"] = "pre"
+    """LayerNorm before each block and after the last one, or before and after each block (the published code's)."""
+    encoder: Literal["linear", "conv", "mlp"] = "linear"
+    """Per-modality encoder: a linear map; a causal convolution over time and SiLU; or Linear-LayerNorm-ReLU-Linear-
+    LayerNorm with 256 hidden units (the published code's)."""
     encoder_width: int = 5
     """Taps of the convolutional encoder."""
     pooling: Literal["max", "mean", "last"] = "max"

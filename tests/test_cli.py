@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -214,7 +215,7 @@ def test_help(call, config_file):
 def test_unknown_commands(fails):
     assert "unknown command 'trian'" in (message := fails("trian")) and "did you mean 'train'?" in message
     assert "needs a CONFIG first" in fails("train")
-    assert "expected one of scan, step, scaling, tpu-static, got 'skan'" in fails("bench", "skan")
+    assert "expected one of scan, step, scaling, stream, tpu-static, got 'skan'" in fails("bench", "skan")
 
 
 CONFIG_MISTAKES = {
@@ -347,3 +348,50 @@ def test_a_sweep_is_not_an_experiment(fails, tmp_path):
     path = tmp_path / "table.py"
     path.write_text("from cmamba_jax.config import *\n\ndef config():\n    return SweepConfig()\n")
     assert "returned SweepConfig, expected an ExperimentConfig; run it with `cmamba sweep`" in fails("train", path)
+
+
+def test_stream_answers_goes_on_and_survives_nonsense(call, tiny_run, tmp_path, monkeypatch):
+    sample = next(iter(load(tiny.TINY.data).test))["inputs"]
+    lines = [json.dumps({m: values[t].tolist() for m, values in sample.items()}) for t in range(8)]
+
+    def stream(lines, *words):
+        text = "".join(line + "\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        code, out, err = call("stream", tiny_run.run_dir, *words)
+        assert code == 0 and err == ""
+        return [json.loads(line) for line in out.splitlines()]
+
+    whole = stream([lines[0], "nonsense", *lines[1:]])
+    assert "error" in whole.pop(1) and [r["time"] for r in whole] == list(range(8))
+    state = ["--state", tmp_path / "state.npz"]
+    assert stream(lines[:3], *state) + stream(lines[3:], *state) == whole
+    expected = load_run(tiny_run.run_dir).predict({m: values[None] for m, values in sample.items()})[0].outputs
+    np.testing.assert_allclose(list(whole[-1]["outputs"].values()), expected, rtol=1e-4)
+
+
+def test_stream_mistakes(fails, tiny_run, tmp_path):
+    assert "leave --port or --state out" in fails(
+        "stream", tiny_run.run_dir, "--port", 0, "--state", tmp_path / "s.npz"
+    )
+    assert "expected at least 1 stream and a delay >= 0" in fails("stream", tiny_run.run_dir, "--max-delay", -1)
+
+
+def test_export_writes_what_the_other_commands_read(call, fails, tiny_run, tmp_path):
+    code, out, err = call("export", tiny_run.run_dir, tmp_path / "model")
+    assert (code, out, err) == (0, f"written to {tmp_path}/model\n", "")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert call("eval", tmp_path / "model")[1] == call("eval", tiny_run.run_dir)[1]
+    with tiny.symbolic_sizes():
+        code, _, err = call("export", tmp_path / "model", tmp_path / "artefact", "--format", "stablehlo", "--length", 8)
+    assert code == 0 and err == "" and (tmp_path / "artefact/model.stablehlo").stat().st_size > 1000
+    assert "--format stablehlo, which needs it" in fails("export", tiny_run.run_dir, tmp_path, "--format", "stablehlo")
+
+
+def test_explain_draws_a_picture(call, fails, tiny_run, tmp_path):
+    code, out, err = call("explain", tiny_run.run_dir, "test:0", "--output", tmp_path / "e.png", "--target", "1")
+    assert code == 0 and err == "" and out.startswith("1: logit ") and "contributions: cue " in out
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    values = json.loads((tmp_path / "e.json").read_text())
+    assert values["modalities"] == ["cue", "symbols"] and np.shape(values["attribution"]) == (2, 8)
+    assert "ends in .png" in fails("explain", tiny_run.run_dir, "test:0", "--output", tmp_path / "e.pdf")
+    assert "expected an .npz file" in fails("explain", tiny_run.run_dir, tmp_path / "absent.npz")

@@ -30,9 +30,15 @@ def test_named_objects_exist(name):
     assert callable(resolve(name))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all snippets, in their order: the later ones use the run that an earlier one trains."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: f"{len(snippet.splitlines())}-lines")
-def test_snippets_run_and_are_short(snippet, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_snippets_run_and_are_short(snippet, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     assert len(snippet.splitlines()) < 20
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 
 import jax
+import jaxtyping
 
 from cmamba_jax.config import (
     ExperimentConfig,
@@ -37,6 +38,16 @@ def quick_compilation():
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def symbolic_sizes():
+    """Admits sizes that are no int, as an exported model has; the type checks of the tests would not."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @functools.cache

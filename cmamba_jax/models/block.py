@@ -34,6 +34,9 @@ class CoupledMambaBlock(nnx.Module):
         # Scaled by 1/sqrt(layers), so that the residual stream does not grow with depth (GPT-2, Mamba).
         scale = 1 / math.sqrt(config.n_layers)
         self.out_proj = nnx.Param(scale * functional.uniform_fan_in(rngs.params(), (m, d, f), d))
+        if config.block_norm == "both":
+            self.post_scale = nnx.Param(jnp.ones((m, f), jnp.float32))
+            self.post_bias = nnx.Param(jnp.zeros((m, f), jnp.float32))
 
     def ssms(self) -> dict[str, CoupledSSM]:
         """The SSMs of the block by direction of time."""
@@ -73,6 +76,8 @@ class CoupledMambaBlock(nnx.Module):
             y, states[direction] = ssm(u, z, mask=mask, reset=reset, state=state[direction])
             total = total + y
         out = functional.linear(total, self.out_proj[...], self.dtype).astype(jnp.float32)
+        if hasattr(self, "post_scale"):
+            out = functional.keep(functional.layer_norm(out, self.post_scale[...], self.post_bias[...]), mask)
         return partition.constrain(x + dropout(out, self.dropout, key, batch_axis=1), "MBLF"), states
 
 

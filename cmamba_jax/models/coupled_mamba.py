@@ -126,8 +126,9 @@ class CoupledMamba(nnx.Module):
         self.blocks = nnx.List([block(config, streams, rngs=rngs) for _ in range(config.n_layers)])
         n_mixes = max(config.n_layers - 1, 0) if config.coupling == "released" else 0
         self.mixes = nnx.List([LayerCoupling(config, streams, rngs=rngs) for _ in range(n_mixes)])
-        self.norm_scale = nnx.Param(jnp.ones((streams, config.d_model), jnp.float32))
-        self.norm_bias = nnx.Param(jnp.zeros((streams, config.d_model), jnp.float32))
+        if config.block_norm == "pre":
+            self.norm_scale = nnx.Param(jnp.ones((streams, config.d_model), jnp.float32))
+            self.norm_bias = nnx.Param(jnp.zeros((streams, config.d_model), jnp.float32))
         self.head = heads.FusionHead(config, streams, task.n_outputs, rngs=rngs)
 
     @property
@@ -203,7 +204,9 @@ class CoupledMamba(nnx.Module):
             layers.append(layer)
             if i < len(self.mixes):
                 x = self.mixes[i](x, mask=seen)
-        x = functional.keep(functional.layer_norm(x, self.norm_scale[...], self.norm_bias[...]), seen)
+        if self.config.block_norm == "pre":
+            x = functional.layer_norm(x, self.norm_scale[...], self.norm_bias[...])
+        x = functional.keep(x, seen)
 
         pooled = state.pool
         if self.task.per == "step":

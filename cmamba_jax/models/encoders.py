@@ -8,9 +8,15 @@ from jaxtyping import Array, Bool, Float
 from cmamba_jax.config import ModelConfig
 from cmamba_jax.models import functional
 
+MLP_HIDDEN = 256
+"""Hidden units of the "mlp" encoder, as in the published code."""
+
 
 class Encoder(nnx.Module):
-    """A linear map ("linear"), or a causal convolution over time and SiLU ("conv").
+    """One of three maps from features to the model's width.
+
+    "linear": a linear map; "conv": a causal convolution over time and SiLU; "mlp": Linear-LayerNorm-ReLU-Linear-
+    LayerNorm.
 
     Args:
         config: width, kind, taps and compute dtype.
@@ -23,8 +29,17 @@ class Encoder(nnx.Module):
         self.dtype = jnp.dtype(config.compute_dtype)
         self.activation = jax.nn.silu if config.encoder == "conv" else None
         fan_in = taps * n_features
-        self.kernel = nnx.Param(functional.uniform_fan_in(rngs.params(), (taps, n_features, config.d_model), fan_in))
-        self.bias = nnx.Param(functional.uniform_fan_in(rngs.params(), (config.d_model,), fan_in))
+        width = MLP_HIDDEN if config.encoder == "mlp" else config.d_model
+        self.kernel = nnx.Param(functional.uniform_fan_in(rngs.params(), (taps, n_features, width), fan_in))
+        self.bias = nnx.Param(functional.uniform_fan_in(rngs.params(), (width,), fan_in))
+        if config.encoder == "mlp":
+            out = config.d_model
+            self.hidden_scale = nnx.Param(jnp.ones((width,), jnp.float32))
+            self.hidden_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+            self.out = nnx.Param(functional.uniform_fan_in(rngs.params(), (width, out), width))
+            self.out_bias = nnx.Param(functional.uniform_fan_in(rngs.params(), (out,), width))
+            self.norm_scale = nnx.Param(jnp.ones((out,), jnp.float32))
+            self.norm_bias = nnx.Param(jnp.zeros((out,), jnp.float32))
 
     def init_state(self, batch_size: int) -> Float[Array, "B W F"]:
         """The input window before the first step: zeros."""
@@ -56,4 +71,13 @@ class Encoder(nnx.Module):
         out = stacked @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
         if self.activation is not None:
             out = self.activation(out)
+        if hasattr(self, "out"):
+            hidden = jax.nn.relu(_layer_norm(out, self.hidden_scale[...], self.hidden_bias[...])).astype(self.dtype)
+            out = hidden @ self.out[...].astype(self.dtype) + self.out_bias[...].astype(self.dtype)
+            out = _layer_norm(out, self.norm_scale[...], self.norm_bias[...])
         return functional.keep(out.astype(jnp.float32), mask), window
+
+
+def _layer_norm(x: Float[Array, "B L F"], scale: Float[Array, " F"], bias: Float[Array, " F"]) -> Float[Array, "B L F"]:
+    """`functional.layer_norm` of one modality."""
+    return functional.layer_norm(x[None], scale[None], bias[None])[0]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from cmamba_jax.config import ModelConfig, TaskConfig
+from cmamba_jax.models.encoders import MLP_HIDDEN
 
 
 def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskConfig, length: int) -> dict[str, int]:
@@ -33,7 +34,8 @@ def forward_flops(config: ModelConfig, features: Mapping[str, int], task: TaskCo
     """
     m, f, length = len(features), config.d_model, math.ceil(length / config.frame)
     taps = config.encoder_width if config.encoder == "conv" else 1
-    encoders = 2 * length * taps * config.frame * sum(features.values()) * f
+    width, second = (MLP_HIDDEN, m * f) if config.encoder == "mlp" else (f, 0)
+    encoders = 2 * length * width * (taps * config.frame * sum(features.values()) + second)
     early = 2 * m * length * f * f if config.early_fusion == "concat" else 0
     if config.early_fusion != "none":
         m = 1

@@ -251,6 +251,37 @@ def coupling_matrices(
         return figure
 
 
+def over_time(
+    panels: Mapping[str, tuple[Sequence[str], Float[np.ndarray, "rows L"]]], theme: Theme, *, time_label: str
+) -> Figure:
+    """Rows of colours over time, one panel below the other.
+
+    Args:
+        panels: per title the names of the rows and the values [rows, L]; each panel has colours of its own: from zero
+            to its largest value, or around zero where some are negative.
+        theme: colours.
+        time_label: what a column is.
+    """
+    heights = [0.35 + 0.24 * len(names) for names, _ in panels.values()]
+    with _style(theme):
+        figure = Figure(figsize=(7.2, 0.6 + sum(heights) + 0.3 * len(heights)))
+        rows = np.atleast_1d(figure.subplots(len(panels), height_ratios=heights))
+        for axes, (title, (names, values)) in zip(rows, panels.items(), strict=True):
+            largest = float(np.abs(values).max()) or 1.0
+            signed = bool(values.min() < 0)
+            norm = CenteredNorm(0, largest) if signed else Normalize(0, largest)
+            colors = theme.diverging() if signed else theme.sequential()
+            image = axes.imshow(values, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+            axes.set_yticks(range(len(names)), names)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.set_title(title)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _color_bar(figure, image, axes, "")
+        rows[-1].set_xlabel(time_label)
+        return figure
+
+
 def _heat_map(
     axes: Axes,
     values: Num[np.ndarray, "rows columns"],

@@ -16,8 +16,10 @@ from flax import nnx
 from scipy import special
 
 from cmamba_jax import metrics
+from cmamba_jax.batch import Batch
 from cmamba_jax.config import ExperimentConfig, MissingConfig, PipelineConfig
 from cmamba_jax.data import DataError, DataInfo, Normalizer, Pipeline, Sample, Splits
+from cmamba_jax.data.checks import checked
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.train import checkpoint, runs, state
@@ -55,6 +57,7 @@ class Run:
         normalizer: feature scaling, as fitted on the training samples.
         model: the model with the parameters of the checkpoint; expects normalised inputs.
         epoch: epoch of the checkpoint.
+        metrics: of an exported model, per split; those of a run are in its report.
     """
 
     run_dir: pathlib.Path
@@ -63,6 +66,7 @@ class Run:
     normalizer: Normalizer
     model: nnx.Module
     epoch: int
+    metrics: dict[str, dict[str, float | None]] | None = None
 
     def evaluate(
         self,
@@ -83,7 +87,7 @@ class Run:
         splits = load_splits(self.config) if splits is None else splits
         loss_sum = make_loss_sum(self.info.task, self.config.train)
         evaluator = Evaluator(self._predict, loss_sum, self.info.task, self.config.evaluation)
-        return evaluator(self._params, self._pipeline(splits, self.config.pipeline).batches(split, missing))
+        return evaluator(self.params, self._pipeline(splits, self.config.pipeline).batches(split, missing))
 
     def predict(
         self,
@@ -117,38 +121,61 @@ class Run:
         batches = self._pipeline(Splits(self.info, samples[:1], samples[:1], samples), config).batches("test")
         logits = []
         for batch in batches:
-            outputs = np.asarray(self._predict(self._params, batch), np.float32)
+            outputs = np.asarray(self._predict(self.params, batch), np.float32)
             logits += list(outputs[np.asarray(batch.weight) > 0])
         per_step = self.info.task.per == "step"
         return [
-            self._prediction(sample["id"], values[:length] if per_step else values)
+            Prediction(sample["id"], *self.interpret(values[:length] if per_step else values))
             for sample, values, length in zip(samples, logits, lengths, strict=True)
         ]
+
+    def interpret(self, logits: np.ndarray) -> tuple[np.ndarray, tuple]:
+        """What logits [..., K] of the model mean: the ``outputs`` and ``labels`` of `Prediction`."""
+        return interpret(self.info, logits, self.config.evaluation.thresholds)
+
+    def batch(self, inputs: Mapping[str, npt.ArrayLike], masks: Mapping[str, npt.ArrayLike] | None = None) -> Batch:
+        """One sequence [L, F] (and masks bool [L]) of each modality, checked and normalised, as a batch of one."""
+        given = {name: [values] for name, values in inputs.items()}
+        (sample,) = self._from_memory(given, {name: [values] for name, values in (masks or {}).items()})
+        sample = self.normalizer(checked(sample, self.info))
+        inputs, masks = ({name: sample[part][name][None] for name in self.info.features} for part in ("inputs", "mask"))
+        return Batch(inputs=inputs, mask=masks)
+
+    def sample(self, where: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Inputs and masks of one sequence.
+
+        Args:
+            where: an .npz file, see `predict`; or SPLIT:NUMBER for a sample of the configured data, such as "test:0".
+
+        Raises:
+            UserError: there is no such file or sample.
+        """
+        split, _, number = where.partition(":")
+        if split in ("train", "valid", "test") and number.isdecimal():
+            samples = getattr(load_splits(self.config), split)
+            if int(number) >= len(samples):
+                raise UserError(f"{where}: the {split} split has {len(samples)} samples, 0 to {len(samples) - 1}")
+            sample = samples[int(number)]
+        else:
+            (sample,) = self._read(pathlib.Path(where))
+        return sample["inputs"], sample.get("mask") or {}
 
     @functools.cached_property
     def _predict(self):
         return state.make_predict_step(state.split_model(self.model)[0])
 
     @functools.cached_property
-    def _params(self) -> state.Params:
+    def stream_step(self):
+        """``step(params, state, inputs, mask)`` of `state.make_stream_step`, compiled once for all streams."""
+        return state.make_stream_step(state.split_model(self.model)[0])
+
+    @functools.cached_property
+    def params(self) -> state.Params:
+        """The parameters of the model, a pure dict of arrays."""
         return state.split_model(self.model)[1]
 
     def _pipeline(self, splits: Splits, config: PipelineConfig) -> Pipeline:
         return Pipeline(splits, config, seed=self.config.train.seed, normalizer=self.normalizer)
-
-    def _prediction(self, name: str, logits: np.ndarray) -> Prediction:
-        names = np.array(self.info.label_names)
-        match self.info.task.kind:
-            case "classification":
-                outputs = special.softmax(logits, axis=-1)
-                labels = tuple(names[np.atleast_1d(outputs.argmax(-1))].tolist())
-            case "multilabel":
-                outputs = special.expit(logits)
-                chosen = np.atleast_2d(metrics.decide(logits, self.config.evaluation.thresholds))
-                labels = tuple(tuple(names[row].tolist()) for row in chosen)
-            case "regression":
-                outputs, labels = logits, ()
-        return Prediction(name, outputs, labels)
 
     def _sample(self, name: str, inputs: dict[str, np.ndarray], mask: dict[str, np.ndarray]) -> Sample:
         task, length = self.info.task, len(next(iter(inputs.values()), ()))
@@ -210,6 +237,26 @@ def load_run(run_dir: str | os.PathLike, *, which: str = "best") -> Run:
     graphdef, params = state.split_model(model)
     params, position = checkpoint.load_params(run_dir / "checkpoints", params, name=which)
     return Run(run_dir, config, info, normalizer, nnx.merge(graphdef, params), position.epoch)
+
+
+def interpret(info: DataInfo, logits: np.ndarray, thresholds: Sequence[float]) -> tuple[np.ndarray, tuple]:
+    """What logits [..., K] mean: the ``outputs`` and ``labels`` of `Prediction`.
+
+    Args:
+        info: task and label names.
+        logits: of one sequence [K] or of several predictions [L, K].
+        thresholds: probabilities above which a label counts as predicted, see `EvaluationConfig`.
+    """
+    match info.task.kind:
+        case "classification":
+            best = np.atleast_1d(logits.argmax(-1))
+            return special.softmax(logits, axis=-1), tuple(info.label_names[k] for k in best)
+        case "multilabel":
+            outputs = special.expit(logits)
+            names = np.array(info.label_names)
+            chosen = np.atleast_2d(metrics.decide(logits, thresholds))
+            return outputs, tuple(tuple(names[row].tolist()) for row in chosen)
+    return logits, ()
 
 
 def format_predictions(predictions: Iterable[Prediction], info: DataInfo, kind: str) -> str:

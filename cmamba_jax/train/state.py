@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from cmamba_jax.batch import Batch
+from cmamba_jax.models import ModelState
 
 Params = dict[str, Any]
 LossSum = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
@@ -168,6 +169,20 @@ def predict_step(graphdef: nnx.GraphDef, strategy: Strategy | None = None) -> Ca
     """The pure function ``predict(params, batch) -> logits``."""
     strategy = strategy or Strategy()
     return lambda params, batch: nnx.merge(graphdef, strategy.gather(params))(batch).logits
+
+
+def make_stream_step(
+    graphdef: nnx.GraphDef,
+) -> Callable[[Params, ModelState, dict[str, Any], dict[str, Any]], tuple[jax.Array, ModelState]]:
+    """Compiles ``step(params, state, inputs, mask) -> (logits, state)``, see `CoupledMamba.step`."""
+
+    def step(
+        params: Params, model_state: ModelState, inputs: dict[str, Any], mask: dict[str, Any]
+    ) -> tuple[jax.Array, ModelState]:
+        out = nnx.merge(graphdef, params).step(model_state, inputs, mask=mask)
+        return out.logits, out.state
+
+    return jax.jit(step)
 
 
 def parameter_names(params: Params) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels.coupled_scan import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.coupled_scan import mosaic_gpu, mosaic_tpu, reference, trace, xla
 from pallas_kernels.coupled_scan.types import (
     Array,
     Coupling,
@@ -195,6 +195,7 @@ def coupled_scan(
         problem = dataclasses.replace(problem, initial_state=initial_state.astype(jnp.float32))
     if reverse:
         problem = _turn(problem)
+    trace.record(problem)
     out = known[name].run(problem)
     return dataclasses.replace(out, y=jnp.flip(out.y, 2)) if reverse else out
 

@@ -34,6 +34,7 @@ def chunk_length(problem: Problem, platform: str) -> int:
     states that are kept against the T x M states inside a chunk; memory then grows with sqrt(L).
     """
     m, b, length, d = problem.x.shape
+    b = b if isinstance(b, int) else 1  # Symbolic while a model is exported.
     balanced = math.isqrt(length // (4 * m))
     fast = CACHE_FLOATS // (m * b * d * problem.A.shape[-1]) if platform == "cpu" else ACCELERATOR_CHUNK
     most = min(max(4, balanced, min(fast, 64)), length)

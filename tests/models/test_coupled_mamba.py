@@ -20,7 +20,7 @@ VARIANTS = {
     "paper": TINY,
     "full": dataclasses.replace(TINY, coupling="full", fusion="concat", pooling="mean", encoder="conv"),
     "independent": dataclasses.replace(TINY, coupling="independent", fusion="late", pooling="last"),
-    "released": dataclasses.replace(TINY, coupling="released", fusion="mean"),
+    "released": dataclasses.replace(TINY, coupling="released", fusion="mean", block_norm="both", encoder="mlp"),
     "readout": dataclasses.replace(TINY, readout="shared", encoder="conv", encoder_width=3),
     "literal": dataclasses.replace(TINY, unnormalized=True),
 }

@@ -35,6 +35,7 @@ def matmul_flops(jaxpr) -> int:
 @pytest.mark.parametrize("changes", [
     {},
     {"encoder": "conv", "encoder_width": 3},
+    {"encoder": "mlp", "block_norm": "both"},
     {"coupling": "released"},
     {"direction": "bidirectional"},
     {"fusion": "concat"},
