@@ -67,7 +67,7 @@ graphdef, mamba_params = nnx.split(block, nnx.Param)
 def coupled_mamba(params, x):
     module = nnx.merge(graphdef, params)
     state = {name: ssm.init_state(B, jnp.dtype("float32")) for name, ssm in module.ssms().items()}
-    return module(x, mask=None, reset=None, state=state, rngs=None)[0]
+    return module(x, mask=None, reset=None, state=state, key=None)[0]
 
 
 # %%

@@ -12,6 +12,7 @@ import re
 import sys
 import types
 
+import jax
 import jupytext
 import nbclient
 import nbformat
@@ -94,7 +95,9 @@ def test_versions_that_suit():
     versions.check_versions()
     lines = versions.describe_environment().splitlines()
     assert (
-        lines[0].startswith("Python 3.") and lines[1] == "devices: 1 x cpu (cpu)" and lines[2].startswith("scan: xla (")
+        lines[0].startswith("Python 3.")
+        and lines[1] == f"devices: {jax.device_count()} x cpu (cpu)"
+        and lines[2].startswith("scan: xla (")
     )
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from cmamba_jax.config import ModelConfig
 from cmamba_jax.errors import UserError
@@ -62,7 +62,7 @@ class CrossAttentionBlock(nnx.Module):
         mask: Bool[Array, "M B L"] | None,
         reset: Bool[Array, "B L"] | None,
         state: dict[str, SSMState],
-        rngs: nnx.Rngs | None,
+        key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "M B L F"], dict[str, SSMState]]:
         """Applies the block to the residual stream x (float32); the signature is that of `CoupledMambaBlock`.
 
@@ -71,30 +71,31 @@ class CrossAttentionBlock(nnx.Module):
             mask: False where a modality is missing: such steps are not attended to, and stay zero.
             reset: True where a new sequence starts; attention does not reach across.
             state: empty, see `ssms`.
-            rngs: for dropout; None: no dropout.
+            key: for dropout, see `block.draw`; None: no dropout.
 
         Returns:
             The residual stream after the block, and `state`.
         """
         m, b, length, f = x.shape
+        dropout_keys = (None, None) if key is None else jax.random.split(key)
         normed = functional.layer_norm(x, self.norm_scale[...], self.norm_bias[...]).astype(self.dtype)
         query = jnp.einsum("mblf,mifg->miblg", normed, self.query[...].astype(self.dtype))
         key_value = jnp.einsum("iblf,mifg->miblg", normed, self.key_value[...].astype(self.dtype))
         heads = (m * m * b, length, self.n_heads, f // self.n_heads)
-        key, value = (part.reshape(heads) for part in jnp.split(key_value, 2, axis=-1))
+        keys, values = (part.reshape(heads) for part in jnp.split(key_value, 2, axis=-1))
 
         allowed = self._allowed(mask, reset, (m, b, length))
-        read = jax.nn.dot_product_attention(query.reshape(heads), key, value, mask=allowed[:, None])
+        read = jax.nn.dot_product_attention(query.reshape(heads), keys, values, mask=allowed[:, None])
         # Where there is nothing to attend to, the softmax is even over what is missing: it reads nothing.
         read = functional.keep(read.reshape(m * m * b, length, f), jnp.any(allowed, axis=-1))
         out = jnp.einsum("miblg,migf->mblf", read.reshape(m, m, b, length, f), self.out[...].astype(self.dtype))
-        x = functional.keep(x + dropout(out.astype(jnp.float32), self.dropout, rngs), mask)
+        x = functional.keep(x + dropout(out.astype(jnp.float32), self.dropout, dropout_keys[0], batch_axis=1), mask)
 
         normed = functional.layer_norm(x, self.mlp_norm_scale[...], self.mlp_norm_bias[...])
         bias = self.up_bias[...].astype(self.dtype)[:, None, None]
         hidden = jax.nn.gelu(functional.linear(normed, self.up[...], self.dtype) + bias)
         out = functional.linear(hidden, self.down[...], self.dtype).astype(jnp.float32)
-        return functional.keep(x + dropout(out, self.dropout, rngs), mask), state
+        return functional.keep(x + dropout(out, self.dropout, dropout_keys[1], batch_axis=1), mask), state
 
     def _allowed(
         self, mask: Bool[Array, "M B L"] | None, reset: Bool[Array, "B L"] | None, shape: tuple[int, int, int]

@@ -117,6 +117,7 @@ class CoupledMamba(nnx.Module):
         self.config = config
         self.task = task
         self.features = tuple(features.items())
+        self.n_streams = streams
         self.encoders = nnx.Dict(
             {name: Encoder(config, config.frame * width, rngs=rngs) for name, width in features.items()}
         )
@@ -145,7 +146,7 @@ class CoupledMamba(nnx.Module):
                 {direction: ssm.init_state(batch_size, dtype) for direction, ssm in block.ssms().items()}
                 for block in self.blocks
             ),
-            pool=heads.init_pool(self.config.pooling, (self.norm_scale.shape[0], batch_size, self.config.d_model)),
+            pool=heads.init_pool(self.config.pooling, (self.n_streams, batch_size, self.config.d_model)),
         )
 
     def __call__(

@@ -12,9 +12,9 @@ _HEAD = """\
 # Results
 
 Written by `cmamba results` from the files of the runs; do not edit. Epochs, and whatever else was chosen, were chosen
-on validation data; the test data was read once, at the end, except for columns that say otherwise. Values are means
-over the runs of a row ± their standard deviation (n - 1); shares are in percent. "Equal parameters" means that each
-row takes the width that brings its number of parameters within 5% of the others'.
+on validation data; the test data was read once, at the end; except where a column or the note above a table says
+otherwise. Values are means over the runs of a row ± their standard deviation (n - 1); shares are in percent. "Equal
+parameters" means that each row takes the width that brings its number of parameters within 5% of the others'.
 """
 
 

@@ -15,7 +15,7 @@ def test_attention_equals_a_loop_over_pairs_heads_and_steps():
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 1, 3, 4)))
     mask = np.array([[[True, True, True]], [[True, False, True]]])
     x = x * mask[..., None]
-    out, state = block(jnp.asarray(x), mask=jnp.asarray(mask), reset=None, state={}, rngs=None)
+    out, state = block(jnp.asarray(x), mask=jnp.asarray(mask), reset=None, state={}, key=None)
 
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     query, key_value, last = (np.asarray(p[...]) for p in (block.query, block.key_value, block.out))

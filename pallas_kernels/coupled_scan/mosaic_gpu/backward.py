@@ -94,7 +94,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
         "dstate": jax.ShapeDtypeStruct((chunks, *state), F32),
-        "entries": jax.ShapeDtypeStruct((chunks, SAVE // steps, *state), F32),
+        "entries": jax.ShapeDtypeStruct((chunks, -(-min(SAVE, plan.L) // steps), *state), F32),
     }
     if plan.gate:
         out["dz"] = large
