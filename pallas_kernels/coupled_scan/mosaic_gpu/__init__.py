@@ -5,6 +5,7 @@ plan.py      sizes, layouts over the threads, and the rule that cuts time into c
 tile.py      what the kernels do alike: loads, elementwise maths, one step, sums over channels
 forward.py   the forward kernel, and how a kernel is launched
 backward.py  the backward kernel
+sums.py      its running sums of the parameters' gradients
 chunks.py    what enters chunks of time that run at once
 
 Axes: M modality, B batch, L time, D channel, N state; S chains (1 for `shared`: H = SUM_m h^m, else M).
@@ -43,6 +44,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan.types import Independent, Problem, ScanOutput
+from pallas_kernels.coupled_scan.varying import varying_axes
 
 MAX_MODALITIES, MAX_STATES = 8, 128
 
@@ -85,6 +87,8 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it needs an NVIDIA GPU, the default device is a {platform}"
     if why := _wrong_gpu():
         return why
+    if axes := varying_axes([leaf for leaf in jax.tree.leaves(problem) if isinstance(leaf, jax.Array)]):
+        return f"inside jax.shard_map over {', '.join(sorted(axes))} it needs check_vma=False"
     return limits(problem)
 
 

@@ -24,11 +24,11 @@ from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     LANES,
     ROWS,
     SLAB,
-    STATE,
     Plan,
     projection_layout,
     rows_layout,
 )
+from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 SAVE = 128
@@ -109,46 +109,6 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
 def choose_tiling(plan: Plan) -> tuple[int, int]:
     """Steps of a tile, and steps of it whose partial sums are kept at once: all where slabs add to them by turns."""
     return fw.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
-
-
-class _Sums:
-    """Running sums of the parameters' gradients: in registers, or where there are several slabs in device memory."""
-
-    def __init__(self, plan: Plan, out: Refs, slab: Any, columns: Any):
-        b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-        self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" else [])
-        self.plan, self.columns = plan, columns
-        self.refs = {name: out[name].at[c, b, :, slab] for name in self.names}
-        self.weights = out["dweights"].at[c, b] if plan.coupling == "full" else None
-
-    def zero(self) -> dict[str, Any]:
-        """All sums zero."""
-        zero = layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
-        sums = {name: [[zero] * ROWS for _ in range(self.plan.M)] for name in self.names}
-        if self.weights is not None:
-            sums["dweights"] = [[zero] * self.plan.M for _ in range(self.plan.M)]
-        return sums
-
-    def load(self) -> dict[str, Any]:
-        """The sums so far."""
-        m = range(self.plan.M)
-        sums = {
-            name: [[tl.load(self.refs[name].at[j, i, :, self.columns], STATE) for i in range(ROWS)] for j in m]
-            for name in self.names
-        }
-        if self.weights is not None:
-            sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], STATE) for k in m] for j in m]
-        return sums
-
-    def store(self, sums: dict[str, Any]) -> None:
-        """The inverse of `load`."""
-        for name in self.names:
-            for j, rows in enumerate(sums[name]):
-                for i, value in enumerate(rows):
-                    tl.store(self.refs[name].at[j, i, :, self.columns], value)
-        for j, rows in enumerate(sums.get("dweights", [])):
-            for k, value in enumerate(rows):
-                tl.store(self.weights.at[j, k, :, self.columns], value)
 
 
 def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
@@ -398,7 +358,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
 
                 def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
                     adjoint = fw.load_state(plan, scr["carry"].at[slab])
-                    stored = _Sums(plan, out, slab, columns)
+                    stored = Sums(plan, out, slab, columns)
                     adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
                     fw.store_state(plan, scr["carry"].at[slab], adjoint)
                     stored.store(sums)
@@ -431,7 +391,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
     constants = None
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
-        sums = _Sums(plan, out, 0, columns)
+        sums = Sums(plan, out, 0, columns)
         adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
         carry = (adjoint, sums.zero(), rows)
     else:
@@ -439,7 +399,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         def start_slab(slab: Any, _: None) -> None:
             adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, slab], columns=columns)
             fw.store_state(plan, scr["carry"].at[slab], adjoint)
-            sums = _Sums(plan, out, slab, columns)
+            sums = Sums(plan, out, slab, columns)
             sums.store(sums.zero())
 
         lax.fori_loop(0, plan.slabs, start_slab, None)

@@ -1,0 +1,60 @@
+"""Running sums of the parameters' gradients in the backward kernel."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._compat import layout_cast
+from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, STATE, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
+
+
+class Sums:
+    """Where the sums of one slab of states lie in device memory.
+
+    With one slab they stay in registers until the end, with several each slab takes them up and puts them back.
+
+    Args:
+        plan: the plan.
+        out: the outputs of the kernel.
+        slab: of states.
+        columns: channels of the block.
+    """
+
+    def __init__(self, plan: Plan, out: Refs, slab: Any, columns: Any):
+        b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+        self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" else [])
+        self.plan, self.columns = plan, columns
+        self.refs = {name: out[name].at[c, b, :, slab] for name in self.names}
+        self.weights = out["dweights"].at[c, b] if plan.coupling == "full" else None
+
+    def zero(self) -> dict[str, Any]:
+        """All sums zero."""
+        zero = layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
+        sums = {name: [[zero] * ROWS for _ in range(self.plan.M)] for name in self.names}
+        if self.weights is not None:
+            sums["dweights"] = [[zero] * self.plan.M for _ in range(self.plan.M)]
+        return sums
+
+    def load(self) -> dict[str, Any]:
+        """The sums so far."""
+        m = range(self.plan.M)
+        sums = {
+            name: [[tl.load(self.refs[name].at[j, i, :, self.columns], STATE) for i in range(ROWS)] for j in m]
+            for name in self.names
+        }
+        if self.weights is not None:
+            sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], STATE) for k in m] for j in m]
+        return sums
+
+    def store(self, sums: dict[str, Any]) -> None:
+        """The inverse of `load`."""
+        for name in self.names:
+            for j, rows in enumerate(sums[name]):
+                for i, value in enumerate(rows):
+                    tl.store(self.refs[name].at[j, i, :, self.columns], value)
+        for j, rows in enumerate(sums.get("dweights", [])):
+            for k, value in enumerate(rows):
+                tl.store(self.weights.at[j, k, :, self.columns], value)
