@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,20 +26,18 @@ EXPERIMENT = dataclasses.replace(
     model=dataclasses.replace(tiny.TINY.model, pooling="mean"),
 )
 SOURCE = f"""
-import os, signal, time
+import os, signal
 from cmamba_jax.config import *
 from cmamba_jax.train import parallel
 
 class Terminated(parallel.Feed):
-    "SIGTERM as the fifth batch is read, in one of the processes; JAX takes a second or two to agree on a step."
+    "SIGTERM as the fourth batch is read, in one of the processes."
     seen = 0
 
     def __next__(self):
         self.seen += 1
-        if self.seen == 5:
+        if self.seen == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        if self.seen > 5:
-            time.sleep(1)
         return super().__next__()
 
 if "TERMINATED" in os.environ:
@@ -77,24 +74,13 @@ def free_port():
 
 
 def test_two_processes_train_as_one_and_a_signal_to_either_stops_both(start, tmp_path):
-    for _ in range(3):
-        meet = ["--parallel.coordinator", f"127.0.0.1:{free_port()}", "--parallel.num-processes", "2"]
-        spread = ["--parallel.data", "2", "--parallel.fsdp", "2", "--run-dir", str(tmp_path / "two")]
-        pair = [
-            start(*meet, *spread, "--parallel.process-id", str(i), devices=2, **({"TERMINATED": "1"} if i else {}))
-            for i in range(2)
-        ]
-        try:
-            outputs = [process.communicate(timeout=100) for process in pair]
-            break
-        except subprocess.TimeoutExpired:
-            # On a machine that is busy with other work JAX's service was seen to let one process pass the step that
-            # the other stopped at: both then wait, here for the test, elsewhere for the heartbeat.
-            for process in pair:
-                process.kill()
-            shutil.rmtree(tmp_path / "two", ignore_errors=True)
-    else:
-        pytest.fail("two processes did not stop together in three attempts")
+    meet = ["--parallel.coordinator", f"127.0.0.1:{free_port()}", "--parallel.num-processes", "2"]
+    spread = ["--parallel.data", "2", "--parallel.fsdp", "2", "--run-dir", str(tmp_path / "two")]
+    pair = [
+        start(*meet, *spread, "--parallel.process-id", str(i), devices=2, **({"TERMINATED": "1"} if i else {}))
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in pair]
     assert [process.returncode for process in pair] == [75, 75], outputs
     assert "told to stop (SIGTERM)" in outputs[0][1]
     assert ["epoch 1/3" in output for output, _ in outputs] == [True, False]  # one of them speaks
