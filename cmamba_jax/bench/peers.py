@@ -3,6 +3,7 @@
 They solve a smaller problem (no coupling), on the same sizes and dtypes, with skip, gate and bias.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ def mamba_ssm(case: Case) -> dict[str, Callable[[int], None]]:
     Returns:
         Functions of the number of calls; they wait for the last one.
     """
-    import torch  # first: it loads the libraries that the extension needs
+    torch = importlib.import_module("torch")  # first: it loads the libraries that the extension needs
 
     selective_scan_cuda = importlib.import_module("selective_scan_cuda")
 
@@ -72,8 +73,7 @@ def jax_linear_attention(case: Case) -> dict[str, Callable[[int], None]]:
     Returns:
         Functions of the number of calls; they wait for the last one.
     """
-    from jla.ops.mosaic_gpu.mamba1 import mamba1
-
+    mamba1 = importlib.import_module("jla.ops.mosaic_gpu.mamba1").mamba1
     keys = iter(jax.random.split(jax.random.key(0), 16))
 
     def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
