@@ -35,8 +35,8 @@ def config() -> SweepConfig:
         widths="equal_parameters",
         metrics=("accuracy", "weighted_f1"),
         note="Logistic regression on one utterance: 76.7 (weighted F1 76.9). Validation chooses little, see the file. "
-        "Before this table was made, another setting (noise of 8, no swap) gave the coupled model 75.9. The noise makes "
-        "the training text as unreliable as the test text is known to be (76%): it was not chosen on validation data "
-        "alone.",
+        "Before this table was made, another setting (noise of 8, no swap) gave the coupled model 75.9. The noise "
+        "makes the training text as unreliable as the test text is known to be (76%): it was not chosen on validation "
+        "data alone.",
         missing=MISSING_CURVES,
     )
