@@ -26,7 +26,7 @@ from cmamba_jax.data import Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.metrics import METRICS
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train import checkpoint, loop, optimizer, runs, state
+from cmamba_jax.train import checkpoint, cluster, loop, optimizer, runs, state
 from cmamba_jax.train.checkpoint import Position
 from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.experiment import RunResult, finish, load_splits, resolve, shows_bar
@@ -142,6 +142,10 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
         raise UserError(f"train.seeds: expected different numbers, at least one, got {list(seeds)}")
     if config.parallel != ParallelConfig():
         raise UserError("train.seeds trains all seeds on one device: leave out --parallel.*, or train one seed a run")
+    if name := cluster.detected():
+        raise UserError(f"train.seeds trains in one process, but {name} started several; start one, or one seed a run")
+    if config.train.profile_steps:
+        raise UserError("train.profile_steps profiles a single run: leave out train.seeds")
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
@@ -185,7 +189,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     total = config.train.epochs * pipeline.steps_per_epoch
     progress = Progress(total, max(member.position.step for member in members), enabled=shows_bar(config))
     try:
-        with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+        with checkpoint.Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
             group, best = _train(
                 group,
                 best,
