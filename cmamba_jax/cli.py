@@ -32,7 +32,7 @@ commands:
   crossval CONFIG [--section.field VALUE ...]   one run a fold; prints mean and standard deviation
   sweep CONFIG [--grid FIELD=A,B ...] [...]     a table of experiments as CSV and Markdown; finished rows are kept;
                                                 --folds all, --widths equal_parameters, --only ROW ... (some rows now)
-  results [RUNS] [--configs DIR] [--output F]   RESULTS.md of all sweeps: what was run, and what was not
+  results [RUNS]                                collects records; writes RESULTS.md and README's tables from them
   info CONFIG [--section.field VALUE ...]       resolved configuration, parameters, FLOPs and scan, as JSON
   eval RUN_DIR [--split test] [--missing.kind modality --missing.rate 0.3]
                                                 score a trained model, on whole data or with part of it removed
@@ -41,8 +41,10 @@ commands:
   export RUN_DIR FOLDER [--format F]            safetensors + config.json + model card, or StableHLO for any device
   convert CHECKPOINT FOLDER                     the published PyTorch weights as a model of this package
   stream RUN_DIR [--port P] [--state FILE]      answer live samples step by step: JSON lines on stdin or a local socket
-  bench {scan,step,scaling,stream,tpu-static}   measure the scan, the host's cost of a training step, training over more
-                                                and more devices, or live streams; figures of the TPU compiler
+  bench {scan,step,seeds,scaling,stream,tpu-static}
+                                                measure the scan, the host's cost of a training step, seeds together,
+                                                training over more and more devices, live streams; figures of the
+                                                TPU compiler; each leaves a record for `cmamba results`
   doctor                                        versions, devices, and a check of every scan implementation here
 
 CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
@@ -122,7 +124,7 @@ def _crossval(words: list[str]) -> None:
     config = _parse_config("crossval", words)
     from cmamba_jax.train import cross_validate
 
-    result = cross_validate(config)
+    result = cross_validate(config, command=" ".join(["crossval", *words]))
     width = max(map(len, result.mean))
     heads = [f"fold {i}" for i in range(len(result.folds))]
     print(" " * width, *(f"{head:>8}" for head in [*heads, "mean", "std"]))
@@ -136,7 +138,7 @@ def _crossval(words: list[str]) -> None:
 
 
 def _sweep(words: list[str]) -> None:
-    command = " ".join(["cmamba sweep", *words])
+    command = " ".join(["sweep", *words])
     path, words = _config_path("sweep", words)
     parser = argparse.ArgumentParser("cmamba sweep", add_help=False, allow_abbrev=False)
     parser.add_argument("--grid", nargs="+", default=[])
@@ -182,21 +184,32 @@ def _results(words: list[str]) -> None:
     def results(
         runs: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")] = pathlib.Path("runs"),
         /,
+        records: pathlib.Path = pathlib.Path("results"),
         configs: pathlib.Path = pathlib.Path("configs"),
         output: pathlib.Path = pathlib.Path("RESULTS.md"),
+        readme: pathlib.Path = pathlib.Path("README.md"),
     ) -> None:
-        """Write the tables of all sweeps in a folder, and the list of configurations that were not run.
+        """Collect the records of finished sweeps, cross-validations and benchmarks, and write the tables of all.
 
         Args:
-            runs: Folder that holds the sweeps, at any depth.
-            configs: Folder of the configurations.
+            runs: Folder of runs, whose records are collected, at any depth.
+            records: Folder that keeps the records.
+            configs: Folder of the configurations; those of the paper that were not run are listed.
             output: Markdown file to write.
+            readme: Markdown file whose marked tables are written anew, if it exists.
         """
-        from cmamba_jax.train.results import write_results
+        from cmamba_jax.results import readme as tables
+        from cmamba_jax.results import records as store
+        from cmamba_jax.results.sweeps import write_results
 
-        found = {path: load_config(path, kinds=(SweepConfig, ExperimentConfig)) for path in configs.rglob("*.py")}
-        ran, missing = write_results(runs, found, output)
+        new = store.collect(runs, records)
+        found = store.read_all(records)
+        plans = {path: load_config(path, kinds=(SweepConfig, ExperimentConfig)) for path in configs.rglob("*.py")}
+        ran, missing = write_results(found, plans, output)
+        print(f"{records}: {len(found)} records, {len(new)} of them from {runs}")
         print(f"{output}: {ran} tables, {missing} configurations not run")
+        if readme.exists():
+            print(f"{readme}: {tables.write_readme(found, readme)} tables")
 
     tyro.cli(results, args=words, prog="cmamba results")
 
@@ -272,7 +285,7 @@ def _deploy(name: str) -> Callable[[list[str]], None]:
 
 
 def _bench(words: list[str]) -> None:
-    known = ("scan", "step", "scaling", "stream", "tpu-static")
+    known = ("scan", "step", "seeds", "scaling", "stream", "tpu-static")
     if not words or words[0] not in known:
         raise UserError(f"bench: expected one of {', '.join(known)}, got {words[0] if words else 'nothing'!r}")
     importlib.import_module(f"cmamba_jax.bench.{words[0].replace('-', '_')}").main(words[1:])

@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Eight simulated devices, for the tests of meshes; what names no device uses the first.
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+# They share the cores of the machine: where one waits for another for 40 s on a busy machine, XLA would abort.
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 # Before the packages are imported for the first time.
 jaxtyping.install_import_hook(["cmamba_jax", "pallas_kernels"], "typecheck.check")
@@ -24,3 +26,12 @@ def pytest_addoption(parser):
 def _own_warnings_are_errors():
     # pytest restores the filters after each test.
     warnings.filterwarnings("error", module=r"(cmamba_jax|pallas_kernels)\b")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Each has some 80 memory mappings; more than 65,530, Linux's limit, and LLVM crashes near the end of the suite."""
+    import jax
+
+    yield
+    jax.clear_caches()

@@ -215,7 +215,7 @@ def test_help(call, config_file):
 def test_unknown_commands(fails):
     assert "unknown command 'trian'" in (message := fails("trian")) and "did you mean 'train'?" in message
     assert "needs a CONFIG first" in fails("train")
-    assert "expected one of scan, step, scaling, stream, tpu-static, got 'skan'" in fails("bench", "skan")
+    assert "expected one of scan, step, seeds, scaling, stream, tpu-static, got 'skan'" in fails("bench", "skan")
 
 
 CONFIG_MISTAKES = {
@@ -336,7 +336,11 @@ def test_sweep_and_results(call, fails, config_file, tmp_path, monkeypatch):
     (tmp_path / "configs" / "other.py").write_text(
         SOURCE.replace("'tiny'", "'other'").replace("paper=''", "paper='81.8'")
     )
-    assert call("results")[1] == "RESULTS.md: 1 tables, 1 configurations not run\n"
+    (tmp_path / "README.md").write_text("<!-- results: experiments -->\n<!-- end -->\n")
+    lines = call("results")[1].splitlines()
+    assert lines[0] == "results: 1 records, 1 of them from runs"
+    assert lines[1:] == ["RESULTS.md: 1 tables, 1 configurations not run", "README.md: 1 tables"]
+    assert "| tiny_sweep | accuracy: coupling full " in (tmp_path / "README.md").read_text()
     text = (tmp_path / "RESULTS.md").read_text()
     assert f"`cmamba sweep {config_file} --grid model.coupling=full --train.epochs 1 " in text
     assert "| coupling full |" in text and "| `configs/other.py` | 81.8 |" in text

@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from cmamba_jax.bench import peers
 from cmamba_jax.bench.tpu_compile import abstract_inputs
 from cmamba_jax.errors import UserError
+from cmamba_jax.results import records
 from pallas_kernels import Shared, choose_implementation, coupled_scan
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
 from pallas_kernels.coupled_scan.types import Problem
@@ -30,8 +29,15 @@ CALLS = 10
 KINDS = ("forward", "forward_backward")
 
 
-def run(shapes: Sequence[str], sweep: bool, implementations: Sequence[str], output: pathlib.Path, repeats: int) -> str:
-    """Measures, writes scan.json and scan.png, and returns the table.
+def run(
+    shapes: Sequence[str],
+    sweep: bool,
+    implementations: Sequence[str],
+    output: pathlib.Path,
+    repeats: int,
+    head: Mapping[str, Any],
+) -> str:
+    """Measures, writes device_table.json and device_table.png, and returns the table.
 
     Args:
         shapes: names in `BENCHMARKS`.
@@ -39,6 +45,7 @@ def run(shapes: Sequence[str], sweep: bool, implementations: Sequence[str], outp
         implementations: ours, and the names of installed peers.
         output: folder for the files.
         repeats: timed runs, of which the median counts.
+        head: of the record, see `cmamba_jax.results.records.describe`.
 
     Raises:
         UserError: an unknown implementation, or no accelerator.
@@ -53,9 +60,7 @@ def run(shapes: Sequence[str], sweep: bool, implementations: Sequence[str], outp
         for batch in (1, 4, 16):
             cases[f"B={batch}"] = dataclasses.replace(base, B=batch)
     report = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **head,
         "bandwidth_bytes_per_second": _bandwidth(),
         "repeats": repeats,
         "results": [],
@@ -65,9 +70,8 @@ def run(shapes: Sequence[str], sweep: bool, implementations: Sequence[str], outp
         for implementation in implementations:
             record[implementation] = _measure(implementation, case, repeats)
         report["results"].append(record)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "scan.json").write_text(json.dumps(report, indent=2))
-    _plot(report, implementations, output / "scan.png")
+    records.save(report, output)
+    _plot(report, implementations, output / "device_table.png")
     return _table(report, implementations)
 
 
@@ -168,7 +172,7 @@ def _alone() -> Iterator[None]:
 
 def _table(report: dict[str, Any], names: Sequence[str]) -> str:
     lines = [
-        f"{report['device']}, jax {report['jax']}, Python {report['python']}; medians of {report['repeats']} runs, ms",
+        f"{report['device']}, {report['versions']}; medians of {report['repeats']} runs, ms",
         f"copy bandwidth {report['bandwidth_bytes_per_second'] / 1e12:.2f} TB/s",
         "",
         "".join(

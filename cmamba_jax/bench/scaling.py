@@ -16,7 +16,7 @@ log2(n) in number, and the slower network as soon as there are more devices than
 import dataclasses
 import json
 import math
-import platform
+import pathlib
 import time
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from cmamba_jax.bench.collectives import Collective, read_collectives
 from cmamba_jax.config import ExperimentConfig, ModelConfig, ParallelConfig, PipelineConfig, TaskConfig
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
+from cmamba_jax.results import records
 from cmamba_jax.train import optimizer, parallel, state
 from cmamba_jax.train.objective import make_loss_sum
 
@@ -71,6 +72,8 @@ class Options:
     """Devices of a host."""
     latency: float = 20.0
     """Microseconds of a collective, whatever its size."""
+    output: pathlib.Path = pathlib.Path("runs/bench")
+    """Folder for scaling.json."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -82,7 +85,8 @@ def main(args: list[str]) -> None:
         args: words after ``scaling``.
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench scaling")
-    result = measure(options)
+    result = records.describe("scaling", ["bench", "scaling", *args]) | measure(options)
+    records.save(result, options.output)
     print(json.dumps(result, indent=2) if options.json else _tables(result))
 
 
@@ -90,7 +94,7 @@ def measure(options: Options) -> dict[str, Any]:
     """Measures every case on every number of devices.
 
     Returns:
-        "device", "platform", "jax", "python" and "cases": for each its "case", "axis", sizes, "results" (by number of
+        "cases": for each its "case", "axis", sizes, "results" (by number of
         devices: "steps_per_second", "samples_per_second", "efficiency", "memory_bytes" by the compiler,
         "peak_bytes" by the device or None, "sent_bytes" a step and device, "collectives" by kind) and "prediction".
 
@@ -99,10 +103,6 @@ def measure(options: Options) -> dict[str, Any]:
     """
     counts = options.devices or tuple(2**i for i in range(jax.device_count().bit_length()))
     return {
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
         "cases": [_case(name, options, sorted(counts)) for name in options.cases],
     }
 
@@ -236,7 +236,7 @@ def _predict(
 
 
 def _tables(report: dict[str, Any]) -> str:
-    lines = [f"{report['device']} ({report['platform']}), jax {report['jax']}, Python {report['python']}"]
+    lines = [f"{report['device']}, {report['versions']}"]
     for case in report["cases"]:
         model = case["model"]
         share = "in all" if case["axis"] in _SHARED_OUT else "a device"

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import platform
 import re
 import statistics
 import time
@@ -20,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from cmamba_jax.errors import UserError
+from cmamba_jax.results import records
 from pallas_kernels import Coupling, Full, ScanOutput, Shared, coupled_scan, implementations
 from pallas_kernels.coupled_scan import xla
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, make_inputs
@@ -54,7 +54,7 @@ class Options:
     peers: tuple[str, ...] = ("installed",)
     """Rows of the device table beside ours: mamba_ssm, jax-linear-attention, xla; "installed": all that are there."""
     output: pathlib.Path = pathlib.Path("runs/bench")
-    """Folder for the device table's scan.json and scan.png."""
+    """Folder for scan.json, or for device_table.json and device_table.png."""
 
 
 def main(args: list[str]) -> None:
@@ -72,9 +72,11 @@ def main(args: list[str]) -> None:
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"peers: unknown {unknown[0]!r}; known: {', '.join(known)}")
         rows = ("chosen", *names)
-        print(device_table.run(options.shapes, options.sweep, rows, options.output, options.repeats))
+        head = records.describe("device_table", ["bench", "scan", *args])
+        print(device_table.run(options.shapes, options.sweep, rows, options.output, options.repeats, head))
         return
-    result = measure(options)
+    result = records.describe("scan", ["bench", "scan", *args]) | measure(options)
+    records.save(result, options.output)
     print(json.dumps(result, indent=2) if options.json else _table(result))
 
 
@@ -82,7 +84,7 @@ def measure(options: Options) -> dict[str, Any]:
     """Measures every variant on one case.
 
     Returns:
-        "device", "platform", "jax", "python", "case", "repeats" and "results": for each variant its "name" and, for
+        "case", "repeats" and "results": for each variant its "name" and, for
         "forward" and "forward_backward", the median "..._ms" and the peak temporary memory "..._temp_bytes".
 
     Raises:
@@ -94,10 +96,6 @@ def measure(options: Options) -> dict[str, Any]:
     case = dataclasses.replace(BENCHMARKS[options.case], coupling=options.coupling, **changes)
     scans = {name: _variant(name) for name in options.variants}
     return {
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
         "case": dataclasses.asdict(case),
         "repeats": options.repeats,
         "results": _measure(scans, make_inputs(case), options.repeats),
@@ -208,7 +206,7 @@ def _table(report: dict[str, Any]) -> str:
     case = report["case"]
     sizes = ", ".join(f"{axis} {case[axis]}" for axis in "MBLDN")
     lines = [
-        f"{report['device']} ({report['platform']}), jax {report['jax']}, Python {report['python']}",
+        f"{report['device']}, {report['versions']}",
         f"{case['coupling']} coupling, {sizes}, {case['dtype']}; medians of {report['repeats']} runs",
         "",
         f"{'':12}{'forward':>22}{'forward + backward':>26}",

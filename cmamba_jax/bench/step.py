@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from flax import nnx
 from cmamba_jax.batch import Batch
 from cmamba_jax.config import ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
 from cmamba_jax.models import CoupledMamba
+from cmamba_jax.results import records
 from cmamba_jax.train import optimizer, state
 from cmamba_jax.train.objective import make_loss_sum
 
@@ -32,6 +34,8 @@ class Options:
 
     steps: int = 200
     """Steps of each; the two take turns."""
+    output: pathlib.Path = pathlib.Path("runs/bench")
+    """Folder for step.json."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -43,7 +47,8 @@ def main(args: list[str]) -> None:
         args: words after ``step``.
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench step")
-    result = measure(options.steps)
+    result = records.describe("step", ["bench", "step", *args]) | measure(options.steps)
+    records.save(result, options.output)
     if options.json:
         print(json.dumps(result, indent=2))
         return

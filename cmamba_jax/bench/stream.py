@@ -15,6 +15,7 @@ from cmamba_jax.config import ExperimentConfig, ModelConfig, TaskConfig
 from cmamba_jax.data import DataInfo, Normalizer
 from cmamba_jax.deploy.streaming import StreamingSession
 from cmamba_jax.models import CoupledMamba
+from cmamba_jax.results import records
 from cmamba_jax.train.inference import Run, load_run
 
 # The model of configs/watch.py; its speed does not depend on what it has learned.
@@ -36,6 +37,8 @@ class Options:
     """Steps of the model to time, for each number of streams."""
     cores: int | None = None
     """Keep to this many CPU cores (Linux); None: all."""
+    output: pathlib.Path = pathlib.Path("runs/bench")
+    """Folder for stream.json."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -52,8 +55,10 @@ def main(args: list[str]) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     run = untrained() if options.run is None else load_run(options.run)
     results = [measure(run, streams, options.steps) for streams in options.streams]
+    record = records.describe("stream", ["bench", "stream", *args]) | {"steps": options.steps, "results": results}
+    records.save(record, options.output)
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(record, indent=2))
         return
     frame = run.config.model.frame
     print(f"{'streams':>8}{'median ms':>12}{'p99 ms':>12}{'steps/s':>12}{'stream steps/s':>17}{'state KiB':>12}")

@@ -14,6 +14,7 @@ associative scan in plain XLA for one sample, by XLA's own estimate of its cycle
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -24,6 +25,7 @@ import tyro
 
 from cmamba_jax.bench.tpu_compile import Job, abstract_inputs, compile_all
 from cmamba_jax.errors import UserError
+from cmamba_jax.results import records
 from pallas_kernels.coupled_scan.cases import BENCHMARKS
 
 SPEEDS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9), "tpu7x": (2.2e9, 3690e9)}
@@ -46,6 +48,8 @@ class Options:
     case: Literal["S1", "S2", "S3", "S4"] = "S2"
     """Shape; the baselines need a length that is a multiple of 128 and are left out for S1."""
     chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
+    output: pathlib.Path = pathlib.Path("runs/bench")
+    """Folder for tpu_static.json."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -89,7 +93,9 @@ def main(args: list[str]) -> None:
         args: words after ``tpu-static``.
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench tpu-static")
-    report = measure(options.case, options.chip)
+    head = records.describe("tpu_static", ["bench", "tpu-static", *args])
+    report = head | {"libtpu": importlib.metadata.version("libtpu")} | measure(options.case, options.chip)
+    records.save(report, options.output)
     print(json.dumps(report, indent=2) if options.json else _table(report))
 
 
@@ -216,7 +222,7 @@ def _kernel_records(case: Any, chip: str, folder: pathlib.Path) -> list[dict[str
     values = case.M * case.B * case.L * case.D * 2
     # Forward: x, dt, z, y. Backward: x, dt, z, y_bar and the gradients of x, dt, z.
     traffic = {"forward": 4 * values, "backward": 7 * values}
-    records = []
+    found = []
     for name, module in (("forward", forward), ("backward", backward)):
         schedule = read_schedule(folder, f"coupled_scan_{name}")
         width = plan.width(module.WIDTH)
@@ -227,8 +233,8 @@ def _kernel_records(case: Any, chip: str, folder: pathlib.Path) -> list[dict[str
         cycles = schedule.bundles + sum((trips[n] - 1) * loop.bundles for n, loop in schedule.loops.items())
         grid = case.B * plan.tiles * plan.groups(width)
         figures |= {"predicted_ms": 1e3 * grid * cycles / clock, "memory_ms": 1e3 * traffic[name] / bandwidth}
-        records.append({"name": name} | figures)
-    return records
+        found.append({"name": name} | figures)
+    return found
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from cmamba_jax.config import ExperimentConfig, WatchConfig
 from cmamba_jax.config_json import check, to_dict
 from cmamba_jax.errors import UserError
+from cmamba_jax.results.records import describe
 from cmamba_jax.train import runs
 from cmamba_jax.train.experiment import fit
 from cmamba_jax.train.seeds import fit_seeds, statistics
@@ -34,7 +35,9 @@ class CrossValidation:
     seed_std: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def cross_validate(config: ExperimentConfig, *, message: Callable[[str], None] = print) -> CrossValidation:
+def cross_validate(
+    config: ExperimentConfig, *, command: str = "", message: Callable[[str], None] = print
+) -> CrossValidation:
     """Trains and tests one model a fold, or one for each of `train.seeds`, those of a fold together.
 
     The folder is `train.run_dir`, or OUTPUT/NAME/crossval; fold i goes to its subfolder ``fold_i``. Called again, it
@@ -42,6 +45,7 @@ def cross_validate(config: ExperimentConfig, *, message: Callable[[str], None] =
 
     Args:
         config: configuration of data with folds; its ``fold`` is not read.
+        command: what the command line says after ``cmamba``, for the record.
         message: receives a line before each fold.
 
     Raises:
@@ -57,6 +61,7 @@ def cross_validate(config: ExperimentConfig, *, message: Callable[[str], None] =
     path = folder / "crossval.json"
     settings = _settings(config)
     done = runs.read_json(path) if path.exists() else {"config": settings, "folds": []}
+    done |= describe("crossval", command) | {"name": config.name, "monitor": config.train.monitor}
     if done["config"] != settings:
         raise UserError(f"{folder} holds a cross-validation of another configuration; choose another --run-dir")
 

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import pathlib
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,12 @@ from typing import Any
 
 import jax
 
-import cmamba_jax
 from cmamba_jax.config import ExperimentConfig, MissingConfig, SweepConfig, SweepRow
 from cmamba_jax.config_json import check, to_dict
 from cmamba_jax.data import DataInfo
 from cmamba_jax.errors import UserError
 from cmamba_jax.models.size import abstract_params, count, match_width
+from cmamba_jax.results.records import describe
 from cmamba_jax.train import runs
 from cmamba_jax.train.crossval import cross_validate
 from cmamba_jax.train.experiment import fit, load_splits
@@ -119,7 +118,7 @@ def run_sweep(
     Args:
         sweep: base and rows.
         only: folder names of the rows to run now, such as "coupled_shared"; empty: all.
-        command: the command line, for the record.
+        command: what the command line says after ``cmamba``, for the record.
         message: receives a line before each row.
 
     Raises:
@@ -144,15 +143,13 @@ def run_sweep(
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {
+        **describe("sweep", command),
         "name": sweep.name,
-        "command": command,
         "widths": sweep.widths,
         "folds": sweep.folds,
         "metrics": list(sweep.metrics),
         "monitor": train.monitor,
         "paper": sweep.base.paper,
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
-        "versions": f"cmamba_jax {cmamba_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
     }
     for number, (row, slug, (config, parameters)) in enumerate(zip(sweep.rows, slugs, configs, strict=True)):
         if row.label not in done and slug not in (only or slugs):
@@ -175,6 +172,8 @@ def run_sweep(
             }
         done[row.label]["paper"] = row.paper
         _write(folder, about, [done[label] for label in labels if label in done])
+        # Compiled programs take many memory mappings each, and a process may have 65,530: hundreds of runs would crash.
+        jax.clear_caches()
     rows = [done[label] for label in labels if label in done]
     return SweepResult(folder, rows, markdown(about, rows))
 

@@ -30,4 +30,5 @@ def test_table_and_json(capsys, monkeypatch):
     step.main(["--steps", "3"])
     assert "package" in (table := capsys.readouterr().out) and "hand-written" in table and "ratio" in table
     step.main(["--json"])
-    assert json.loads(capsys.readouterr().out) == result
+    record = json.loads(capsys.readouterr().out)
+    assert record["command"] == "cmamba bench step --json" and record.items() >= result.items()

@@ -46,6 +46,7 @@ def test_every_fold_once_with_mean_and_deviation(config, folds, tmp_path):
     assert result.std["accuracy"] == pytest.approx(np.std(ACCURACY, ddof=1))
     assert result.path == tmp_path / "watch" / "crossval" / "crossval.json"
     written = json.loads(result.path.read_text())
+    assert (written["kind"], written["name"]) == ("crossval", "watch")
     assert written["mean"] == result.mean and written["std"] == result.std and written["folds"] == result.folds
 
 

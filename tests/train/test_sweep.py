@@ -6,7 +6,8 @@ import pytest
 
 from cmamba_jax.config import ExperimentConfig, MissingConfig, SweepConfig, SweepRow
 from cmamba_jax.errors import UserError
-from cmamba_jax.train import results, sweep
+from cmamba_jax.results import records, sweeps
+from cmamba_jax.train import sweep
 from cmamba_jax.train.experiment import RunResult
 from cmamba_jax.train.seeds import SeedsResult
 
@@ -46,7 +47,7 @@ def fits(monkeypatch):
 
 
 def run(plan):
-    return sweep.run_sweep(plan, command="cmamba sweep x.py", message=lambda text: None)
+    return sweep.run_sweep(plan, command="sweep x.py", message=lambda text: None)
 
 
 def test_tables(plan, fits):
@@ -96,7 +97,8 @@ def test_equal_parameters(plan, fits):
 def test_some_rows_now_and_others_later(plan, fits, tmp_path):
     result = sweep.run_sweep(plan, only=["attention"], message=lambda text: None)
     assert [row["label"] for row in result.rows] == ["Attention"]
-    results.write_results(tmp_path, {pathlib.Path("a.py"): plan}, tmp_path / "RESULTS.md")
+    records.collect(tmp_path, tmp_path / "results")
+    sweeps.write_results(records.read_all(tmp_path / "results"), {pathlib.Path("a.py"): plan}, tmp_path / "RESULTS.md")
     assert "Rows not run: Coupled; Mamba, no coupling." in (tmp_path / "RESULTS.md").read_text()
     assert [row["label"] for row in run(plan).rows] == [row.label for row in plan.rows] and len(fits[0]) == 3
     with pytest.raises(UserError, match="no row atention; the rows are coupled, mamba_no_coupling, attention"):
@@ -148,7 +150,10 @@ def test_results_list_what_was_run_and_what_was_not(plan, fits, tmp_path):
     single = ExperimentConfig("mosei", paper="Table 1: 85.6")
     configs = {pathlib.Path("configs/a.py"): plan, pathlib.Path("configs/b.py"): other, pathlib.Path("c.py"): single}
     configs[pathlib.Path("own.py")] = ExperimentConfig("own")
-    assert results.write_results(tmp_path, configs, tmp_path / "RESULTS.md") == (1, 2)
+    records.collect(tmp_path, tmp_path / "results")
+    found = records.read_all(tmp_path / "results")
+    assert all("settings" not in row for row in found[0]["rows"])
+    assert sweeps.write_results(found, configs, tmp_path / "RESULTS.md") == (1, 2)
     run_here, not_run = (tmp_path / "RESULTS.md").read_text().split("## Not run here")
     assert "### table" in run_here and "`cmamba sweep x.py`; 2 seeds a row" in run_here
     assert "| accuracy, epoch chosen on test | paper |" in run_here and "| 85.0 | 81.8 |" in run_here

@@ -1,17 +1,17 @@
 """RESULTS.md: the tables of all sweeps that were run, and the configurations that were not."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmamba_jax.config import ExperimentConfig, SweepConfig
-from cmamba_jax.train import runs
+from cmamba_jax.results.records import Record
 from cmamba_jax.train.sweep import markdown
 
 _HEAD = """\
 # Results
 
-Written by `cmamba results` from the files of the runs; do not edit. Epochs, and whatever else was chosen, were chosen
+Written by `cmamba results` from the records in results/; do not edit. Epochs, and whatever else was chosen, were chosen
 on validation data; the test data was read once, at the end; except where a column or the note above a table says
 otherwise. Values are means over the runs of a row ± their standard deviation (n - 1); shares are in percent. "Equal
 parameters" means that each row takes the width that brings its number of parameters within 5% of the others'.
@@ -19,21 +19,21 @@ parameters" means that each row takes the width that brings its number of parame
 
 
 def write_results(
-    folder: pathlib.Path, configs: Mapping[pathlib.Path, ExperimentConfig | SweepConfig], output: pathlib.Path
+    records: Sequence[Record], configs: Mapping[pathlib.Path, ExperimentConfig | SweepConfig], output: pathlib.Path
 ) -> tuple[int, int]:
     """Writes the Markdown file.
 
     Experiments without a `paper` are not listed as missing; sweeps always are.
 
     Args:
-        folder: is searched for sweep.json, at any depth.
+        records: those of the kind "sweep" count.
         configs: configurations by file; those without a sweep of their name count as not run.
         output: file to write.
 
     Returns:
         Number of tables, and of configurations that were not run.
     """
-    sweeps = [runs.read_json(path) for path in sorted(folder.rglob("sweep.json"))]
+    sweeps = [record for record in records if record["kind"] == "sweep"]
     names = {sweep["name"] for sweep in sweeps}
     missing = {path: config for path, config in sorted(configs.items()) if not _was_run(config, names)}
     planned = {config.name: config for config in configs.values() if isinstance(config, SweepConfig)}

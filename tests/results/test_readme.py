@@ -1,0 +1,59 @@
+import pathlib
+
+import pytest
+
+from cmamba_jax.cli import load_config
+from cmamba_jax.config import ExperimentConfig, SweepConfig
+from cmamba_jax.errors import UserError
+from cmamba_jax.results import readme, records, sweeps
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEAD = {"command": "cmamba x", "device": "a card", "versions": "jax 1"}
+
+
+def test_numbers_of_the_readme_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    new, count = readme.render(records.read_all(ROOT / "results"), text)
+    assert count == len(readme.TABLES)
+    assert new == text, "README.md's tables were edited by hand, or are old; run `cmamba results`"
+
+
+def test_results_are_those_of_the_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    configs = {p: load_config(p, kinds=(SweepConfig, ExperimentConfig)) for p in pathlib.Path("configs").rglob("*.py")}
+    sweeps.write_results(records.read_all(ROOT / "results"), configs, tmp_path / "RESULTS.md")
+    assert (tmp_path / "RESULTS.md").read_text() == pathlib.Path("RESULTS.md").read_text(), "run `cmamba results`"
+
+
+def test_tables():
+    folds = [{"accuracy": 0.8}, {"accuracy": 0.9}]
+    crossval = HEAD | {"kind": "crossval", "name": "watch", "monitor": "accuracy", "folds": folds}
+    crossval |= {"mean": {"accuracy": 0.85}, "std": {"accuracy": 0.0707}}
+    row = {"label": "Coupled", "test": {"loss": 0.5}, "std": {}}
+    sweep = HEAD | {"kind": "sweep", "name": "table", "monitor": "loss", "metrics": [], "rows": [row]}
+    seeds = HEAD | {"kind": "seeds", "config": "c.py", "seeds": [1, 2], "epochs": 3}
+    seeds |= {"apart_seconds": 5.0, "together_seconds": 2.0, "ratio": 2.5}
+    step = HEAD | {"kind": "step", "call_ratio": 1.07, "ready_ratio": 1.01}
+    streams = [{"streams": 1024, "median_ms": 14.41, "stream_steps_per_s": 56006.2}]
+    found = [crossval, sweep, seeds, step, HEAD | {"kind": "stream", "results": streams}]
+    text = "a\n<!-- results: experiments -->\nold\n<!-- end -->\nb\n<!-- results: host -->\n<!-- end -->\n"
+    new, count = readme.render(found, text)
+    assert count == 2 and new.startswith("a\n<!-- results: experiments -->\n| experiment |") and "old" not in new
+    assert "| watch | accuracy 85.0 ± 7.1 (folds 80.0, 90.0) | `cmamba x` |" in new
+    assert "| table | loss: Coupled 0.500 | `cmamba x` |" in new
+    assert "| 5 s against 2 s: 2.50 times | `cmamba x` | a card; jax 1 |" in new
+    assert "1.07 times until the call returns, 1.01 until" in new
+    assert "1,024: 14.4 ms, 56,006 answers a second" in new
+    assert readme.render(found, new) == (new, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- results: sped -->\n<!-- end -->", "there is no table 'sped'; expected one of experiments, "),
+        ("<!-- results: scan -->\n", "1 tables begin .* 0 of them end"),
+    ],
+)
+def test_marks_that_do_not_fit(text, message):
+    with pytest.raises(UserError, match=message):
+        readme.render([], text)
