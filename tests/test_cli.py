@@ -191,7 +191,7 @@ def test_crossval_prints_a_table(call, config_file, monkeypatch, tmp_path):
     result = crossval.CrossValidation(
         tmp_path / "crossval.json", folds, {"loss": 0.4, "accuracy": 0.85}, {"loss": 0.1414, "accuracy": 0.0707}
     )
-    monkeypatch.setattr(crossval, "cross_validate", lambda config: result)
+    monkeypatch.setattr(crossval, "cross_validate", lambda config, command: result)
     _, out, _ = call("crossval", config_file)
     assert out.splitlines() == [
         "           fold 0   fold 1     mean      std",
@@ -340,7 +340,7 @@ def test_sweep_and_results(call, fails, config_file, tmp_path, monkeypatch):
     lines = call("results")[1].splitlines()
     assert lines[0] == "results: 1 records, 1 of them from runs"
     assert lines[1:] == ["RESULTS.md: 1 tables, 1 configurations not run", "README.md: 1 tables"]
-    assert "| tiny_sweep | accuracy: coupling full " in (tmp_path / "README.md").read_text()
+    assert "| tiny_sweep | loss: coupling full " in (tmp_path / "README.md").read_text()
     text = (tmp_path / "RESULTS.md").read_text()
     assert f"`cmamba sweep {config_file} --grid model.coupling=full --train.epochs 1 " in text
     assert "| coupling full |" in text and "| `configs/other.py` | 81.8 |" in text

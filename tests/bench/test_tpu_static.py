@@ -74,7 +74,8 @@ def test_table_and_json(monkeypatch, capsys):
     assert lines[-2].split() == ["forward", "18.38", "14.00", "6.00", "4.10", "1.00"]
     assert lines[-1].split() == ["xla", "600.00", "-", "-", "-", "-"]
     tpu_static.main(["--chip", "v6e", "--json"])
-    assert json.loads(capsys.readouterr().out) == report
+    record = json.loads(capsys.readouterr().out)
+    assert record.items() >= report.items() and record["kind"] == "tpu_static" and record["libtpu"]
 
 
 @pytest.mark.parametrize("case", covering_cases()[-3:], ids=str)

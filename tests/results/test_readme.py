@@ -38,7 +38,7 @@ def test_tables():
     found = [crossval, sweep, seeds, step, HEAD | {"kind": "stream", "results": streams}]
     text = "a\n<!-- results: experiments -->\nold\n<!-- end -->\nb\n<!-- results: host -->\n<!-- end -->\n"
     new, count = readme.render(found, text)
-    assert count == 2 and new.startswith("a\n<!-- results: experiments -->\n| experiment |") and "old" not in new
+    assert count == 2 and new.startswith("a\n<!-- results: experiments -->\n| experiment |") and "\nold\n" not in new
     assert "| watch | accuracy 85.0 ± 7.1 (folds 80.0, 90.0) | `cmamba x` |" in new
     assert "| table | loss: Coupled 0.500 | `cmamba x` |" in new
     assert "| 5 s against 2 s: 2.50 times | `cmamba x` | a card; jax 1 |" in new
