@@ -30,7 +30,8 @@ def describe(kind: str, words: Sequence[str] | str) -> dict[str, str]:
     assert kind in KINDS, kind
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     if jax.default_backend() == "cpu":
-        device = f"{len(os.sched_getaffinity(0))} cores of a {platform.machine()} CPU"
+        cores = len(os.sched_getaffinity(0))
+        device = f"{cores} core{'s' * (cores > 1)} of {platform.machine()} CPU"
     elif jax.device_count() > 1:
         device = f"{jax.device_count()} x {device}"
     command = words if isinstance(words, str) else " ".join(words)
@@ -82,7 +83,7 @@ def collect(runs: pathlib.Path, records: pathlib.Path) -> list[pathlib.Path]:
 
 def _file_name(record: Record) -> str:
     """Sweeps and cross-validations by name; benchmarks by device, since their numbers are the device's."""
-    detail = record.get("name") or re.sub(r"^\d+ cores of a ", "", record["device"].replace(" x ", "x"))
+    detail = record.get("name") or re.sub(r"^\d+ cores? of ", "", record["device"].replace(" x ", "x"))
     return re.sub(r"[^a-z0-9]+", "_", f"{record['kind']}_{detail}".lower()).strip("_")
 
 

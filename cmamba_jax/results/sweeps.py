@@ -66,8 +66,8 @@ def _section(sweep: Mapping[str, Any], planned: SweepConfig | None) -> str:
     rows = sweep["rows"]
     facts = [f"`{sweep['command']}`"] if sweep["command"] else []
     count = sorted({row["runs"] for row in rows})
-    of = "folds" if sweep["folds"] == "all" else "seeds"
-    facts.append(f"{' or '.join(map(str, count))} {of} a row")
+    of = "fold" if sweep["folds"] == "all" else "seed"
+    facts.append(f"{' or '.join(map(str, count))} {of}{'s' * (count != [1])} a row")
     facts += ["equal parameters"] if sweep["widths"] == "equal_parameters" else []
     facts.append(f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes on {sweep['device']}")
     facts.append(sweep["versions"])

@@ -18,7 +18,7 @@ def test_one_core_and_its_record():
     command = [sys.executable, "-m", "cmamba_jax", "bench", "stream"]
     command += ["--streams", "1", "--steps", "20", "--cores", "1", "--json"]
     record = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert record["device"].startswith("1 cores of a") and record["command"].endswith("--cores 1 --json")
+    assert record["device"].startswith("1 core of ") and record["command"].endswith("--cores 1 --json")
     (result,) = record["results"]
     assert 0 < result["median_ms"] <= result["p99_ms"]
     assert result["stream_steps_per_s"] == pytest.approx(result["steps_per_s"])

@@ -15,10 +15,10 @@ def test_head():
 
 def test_collected_records_replace_older_ones_of_the_same_kind_and_device(tmp_path):
     runs, store = tmp_path / "runs", tmp_path / "results"
-    head = {"kind": "step", "command": "cmamba bench step", "device": "2 cores of a x86_64 CPU", "versions": "jax 1"}
+    head = {"kind": "step", "command": "cmamba bench step", "device": "2 cores of x86_64 CPU", "versions": "jax 1"}
     records.save(head | {"ratio": 1}, runs / "bench")
     assert records.collect(runs, store) == [store / "step_x86_64_cpu.json"]
-    records.save(head | {"ratio": 2, "device": "4 cores of a x86_64 CPU"}, runs / "bench")
+    records.save(head | {"ratio": 2, "device": "4 cores of x86_64 CPU"}, runs / "bench")
     records.collect(runs, store)
     assert [record["ratio"] for record in records.read_all(store)] == [2]
     records.save(head | {"ratio": 3, "device": "NVIDIA H100 (gpu)"}, runs / "bench")
