@@ -8,11 +8,10 @@ grow over many steps.
 """
 
 import dataclasses
-import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from cmamba_jax import config_json
-from cmamba_jax.batch import Batch
 from cmamba_jax.config import ExperimentConfig, ParallelConfig, TrainConfig
 from cmamba_jax.data import Pipeline, Splits
 from cmamba_jax.errors import UserError
@@ -31,11 +29,10 @@ from cmamba_jax.train.checkpoint import Position
 from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.experiment import RunResult, finish, load_splits, resolve, shows_bar
 from cmamba_jax.train.objective import make_loss_sum
-from cmamba_jax.train.state import Params, StepMetrics, TrainState
+from cmamba_jax.train.preemption import Preemption
+from cmamba_jax.train.seeds_loop import Member, Metrics, make_seeds_predict, make_seeds_step, packed, train
+from cmamba_jax.train.state import Params, TrainState
 from cmamba_jax.train.writers import MetricWriter, Progress, read_history
-
-Metrics = dict[str, float]
-How = Literal["vmap", "loop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,46 +60,6 @@ def statistics(rows: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     std = {name: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for name, values in columns.items()}
     return {name: float(np.mean(values)) for name, values in columns.items()}, std
-
-
-def over_seeds(function: Callable, how: How | None = None) -> Callable:
-    """Maps a function of trees over their leading axis S, in one program.
-
-    Args:
-        function: what is done for one seed.
-        how: "vmap": all at once, operation by operation; "loop": one seed after the other inside the program, which
-            keeps a seed's intermediate results in a CPU's cache. None: "loop" on CPUs, "vmap" on all else.
-    """
-    if (how or ("loop" if jax.default_backend() == "cpu" else "vmap")) == "vmap":
-        return jax.vmap(function)
-    return lambda *trees: jax.lax.map(lambda parts: function(*parts), trees)
-
-
-def make_seeds_step(
-    step: state.TrainStep, how: How | None = None
-) -> Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, StepMetrics]]:
-    """Compiles ``step(state, batch, active) -> (state, metrics)`` for S seeds; the state passed in is donated.
-
-    All arrays have a leading axis S. Where `active`, bool [S], is False a seed has stopped and stays as it is; None:
-    all are active.
-
-    Args:
-        step: the step of one seed, from `state.train_step`.
-        how: see `over_seeds`.
-    """
-    every = over_seeds(step, how)
-
-    def all_seeds(old: TrainState, batch: Batch, active: jax.Array | None) -> tuple[TrainState, StepMetrics]:
-        new, metrics = every(old, batch)
-        return (new if active is None else _select(active, new, old)), metrics
-
-    return jax.jit(all_seeds, donate_argnums=0)
-
-
-def make_seeds_predict(graphdef: nnx.GraphDef, how: How | None = None) -> Callable[[Params, Batch], jax.Array]:
-    """Compiles ``predict(params, batch) -> logits`` for S seeds, which share the batch."""
-    predict = state.predict_step(graphdef)
-    return jax.jit(lambda params, batch: over_seeds(lambda own: predict(own, batch), how)(params))
 
 
 def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsResult:
@@ -133,6 +90,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
 
     Raises:
         UserError: there are no seeds or one comes twice, or what `fit` raises.
+        Preempted: the process received SIGTERM; the state of all seeds is saved, ``train.resume`` continues.
         DataError: the data is not as expected.
     """
     started = time.perf_counter()
@@ -174,14 +132,14 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     iterators: list[Any] = [pipeline.with_seed(seed).train() for seed in seeds]
     positions = [Position() for _ in seeds]
     if config.train.resume and checkpoint.exists(folder / "checkpoints"):
-        saved, position = checkpoint.load_last(folder / "checkpoints", _packed(group, best))
+        saved, position = checkpoint.load_last(folder / "checkpoints", packed(group, best))
         group, best = dataclasses.replace(saved, params=saved.params["last"]), saved.params["best"]
         positions = [Position(**values) for values in position.data]
         for iterator, own in zip(iterators, positions, strict=True):
             iterator.set_state(own.data)
 
     configs = [_seed_config(config, folder, seed) for seed in seeds]
-    members = [_Member(runs.open_run(own), *pair) for own, *pair in zip(configs, positions, iterators, strict=True)]
+    members = [Member(runs.open_run(own), *pair) for own, *pair in zip(configs, positions, iterators, strict=True)]
     for member in members:
         runs.write_info(member.folder, info)
         runs.write_json(member.folder / "normalizer.json", pipeline.normalizer.to_dict())
@@ -189,8 +147,11 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     total = config.train.epochs * pipeline.steps_per_epoch
     progress = Progress(total, max(member.position.step for member in members), enabled=shows_bar(config))
     try:
-        with checkpoint.Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-            group, best = _train(
+        with (
+            Preemption() as preemption,
+            checkpoint.Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+        ):
+            group, best = train(
                 group,
                 best,
                 members,
@@ -204,6 +165,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
                 learning_rate=lambda step: np.asarray(schedule((step - 1) // config.optimizer.accumulate)).item(),
                 checkpoints=checkpoints,
                 progress=progress,
+                preempted=preemption.requested,
             )
     finally:
         progress.close()
@@ -230,137 +192,6 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
     return _summary(folder, config.train, results)
 
 
-@dataclasses.dataclass
-class _Member:
-    """One seed of the group: its folder, where it stands, its batches and its records."""
-
-    folder: pathlib.Path
-    position: Position
-    batches: Any
-    writer: Any = None
-
-
-def _train(
-    group: TrainState,
-    best: Params,
-    members: list[_Member],
-    *,
-    config: TrainConfig,
-    step: Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, StepMetrics]],
-    score: Callable[[Params, Literal["valid", "test"]], list[Metrics]],
-    steps_per_epoch: int,
-    batch_size: int,
-    learning_rate: Callable[[int], float],
-    checkpoints: checkpoint.Checkpoints,
-    progress: Progress,
-) -> tuple[TrainState, Params]:
-    """`loop.train` for all members; each stops when a run of its own would."""
-    silent = Progress(0, enabled=False)
-    pick = jax.jit(_select)
-
-    def going(member: _Member) -> bool:
-        return member.position.epoch < config.epochs and not loop.stopped(member.position, config)
-
-    while any(active := [going(member) for member in members]):
-        started = time.perf_counter()
-        start = max(member.position.step for member in members)
-        epoch = max(member.position.epoch for member in members) + 1
-        shows = active.index(True)
-        logs = [
-            loop.EpochLog(
-                epoch, config.log_every, batch_size, learning_rate, m.writer, progress if i == shows else silent
-            )
-            for i, m in enumerate(members)
-        ]
-        # Without early stopping all seeds end together. The choice holds for the run: another one would compile again.
-        mask = None if config.patience is None else jnp.asarray(active)
-        pending: tuple[int, StepMetrics] | None = None
-        for number in range(start + 1, start + steps_per_epoch + 1):
-            group, metrics = step(group, _stacked([next(m.batches) for m in members]), mask)
-            _read(pending, logs, active, members, group)
-            pending = (number, metrics)
-        _read(pending, logs, active, members, group, last=True)
-
-        improved = [False] * len(members)
-        test = score(group.params, "test") if config.track_test else []
-        for i, values in enumerate(score(group.params, "valid")):
-            member, old = members[i], members[i].position
-            if not active[i]:
-                continue
-            if not math.isfinite(values["loss"]):
-                raise loop.NonFiniteError(
-                    f"{member.folder.name}: the validation loss is {values['loss']} after epoch {epoch}; {loop.CURE}"
-                )
-            value = values[config.monitor]
-            improved[i] = old.best_epoch == 0 or loop.better(value, old.best_value, config.monitor)
-            member.position = Position(
-                step=start + steps_per_epoch,
-                epoch=epoch,
-                best_epoch=epoch if improved[i] else old.best_epoch,
-                best_value=value if improved[i] else old.best_value,
-                data=member.batches.get_state(),
-            )
-            member.writer.write(start + steps_per_epoch, epoch, "valid", values)
-            if test:
-                member.writer.write(start + steps_per_epoch, epoch, "test", test[i])
-        best = pick(jnp.asarray(improved), group.params, best)
-        losses = np.mean([log.mean_loss for log, on in zip(logs, active, strict=True) if on])
-        tops = "  ".join(f"{m.position.best_value:.4f}" for m in members)
-        progress.message(
-            f"epoch {epoch}/{config.epochs}  train loss {losses:.4f}  best valid {config.monitor} of each seed {tops}  "
-            f"{time.perf_counter() - started:.1f} s"
-        )
-        if epoch % config.checkpoint_every == 0 or not any(map(going, members)):
-            where = Position(start + steps_per_epoch, epoch, data=[dataclasses.asdict(m.position) for m in members])
-            checkpoints.save("last", _packed(group, best), where)
-    return group, best
-
-
-def _read(
-    pending: tuple[int, StepMetrics] | None,
-    logs: list[loop.EpochLog],
-    active: list[bool],
-    members: list[_Member],
-    group: TrainState,
-    *,
-    last: bool = False,
-) -> None:
-    """Hands each seed its part of the metrics of a step, one step late."""
-    if pending is None:
-        return
-    number, metrics = pending[0], jax.device_get(pending[1])
-    for i, log in enumerate(logs):
-        if active[i]:
-            try:
-                log.add(number, jax.tree.map(lambda x, i=i: x[i], metrics), group)
-                if last:
-                    log.read(group, last=True)
-            except loop.NonFiniteError as error:
-                raise loop.NonFiniteError(f"{members[i].folder.name}: {error}") from None
-
-
-def _stacked(batches: list[Batch]) -> Batch:
-    """Batches of all seeds, with a leading axis S; buckets may give them different lengths: the longest decides."""
-
-    def stack(*leaves: np.ndarray) -> np.ndarray:
-        shape = np.max([leaf.shape for leaf in leaves], axis=0)
-        if any(leaf.shape != tuple(shape) for leaf in leaves):
-            leaves = tuple(np.pad(x, [(0, n - k) for n, k in zip(shape, x.shape, strict=True)]) for x in leaves)
-        return np.stack(leaves)
-
-    return jax.tree.map(stack, *batches)
-
-
-def _select(choose: jax.Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf, and seed by seed, the new value or the old one."""
-    return jax.tree.map(lambda n, o: jnp.where(choose.reshape(-1, *(1 for _ in n.shape[1:])), n, o), new, old)
-
-
-def _packed(group: TrainState, best: Params) -> TrainState:
-    """The state of the group as one training state: its parameters are the newest and the best of all seeds."""
-    return dataclasses.replace(group, params={"last": group.params, "best": best})
-
-
 def _seed_config(config: ExperimentConfig, folder: pathlib.Path, seed: int) -> ExperimentConfig:
     """The configuration of one seed as a run of its own."""
     own = folder / f"seed_{seed}"
@@ -370,7 +201,7 @@ def _seed_config(config: ExperimentConfig, folder: pathlib.Path, seed: int) -> E
     )
 
 
-def _save_single(member: _Member, last: TrainState, best: Params) -> None:
+def _save_single(member: Member, last: TrainState, best: Params) -> None:
     """Writes the checkpoints that a run of its own would have left."""
     position = member.position
     with checkpoint.Checkpoints(member.folder / "checkpoints") as checkpoints:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ import optax
 import pytest
 
 from cmamba_jax.batch import Batch
-from cmamba_jax.config import TrainConfig
+from cmamba_jax.config import ParallelConfig, TrainConfig
 from cmamba_jax.errors import UserError
-from cmamba_jax.train import fit, fit_seeds, load_run, seeds
+from cmamba_jax.train import fit, fit_seeds, load_run, seeds, seeds_loop
 from cmamba_jax.train.objective import make_loss_sum
+from cmamba_jax.train.preemption import Preempted
 from cmamba_jax.train.state import init_state, predict_step, split_model, train_step
 from cmamba_jax.train.writers import read_history
 
@@ -85,7 +88,7 @@ def test_one_step_of_the_group_is_one_step_of_each_seed(how, tiny_model, tiny_ta
 
     group = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
     active = jnp.array([True, False, True])
-    group, metrics = seeds.make_seeds_step(step, how)(group, seeds._stacked(batches), active)
+    group, metrics = seeds_loop.make_seeds_step(step, how)(group, seeds_loop.stacked(batches), active)
     np.testing.assert_allclose(metrics.loss, losses, rtol=1e-6)
     for i, (state, own) in enumerate(alone):
         close(part(metrics, i), own)
@@ -95,7 +98,7 @@ def test_one_step_of_the_group_is_one_step_of_each_seed(how, tiny_model, tiny_ta
         close(part(group.opt_state, i), expected.opt_state)
 
     predict = jax.jit(predict_step(graphdef))
-    logits = seeds.make_seeds_predict(graphdef, how)(group.params, batches[0])
+    logits = seeds_loop.make_seeds_predict(graphdef, how)(group.params, batches[0])
     for i in range(3):
         np.testing.assert_allclose(logits[i], predict(part(group.params, i), batches[0]), rtol=1e-5, atol=1e-6)
 
@@ -123,12 +126,41 @@ def test_a_resumed_group_equals_an_uninterrupted_one(group, early, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, *(split_model(load_run(r.run_dir).model)[1] for r in (one, other)))
 
 
+@pytest.mark.parametrize("after", [1, 3])
+def test_told_to_stop_a_group_saves_and_goes_on_as_if_nothing_had_been(group, early, tmp_path, monkeypatch, after):
+    """SIGTERM within an epoch: in the first, and in one where a seed has stopped already."""
+    steps = max(record["step"] for record in read_history(group.runs[0].run_dir)) // epochs(group.runs[0].run_dir)
+    first = min(epochs(run.run_dir) for run in group.runs)
+    at, make = 1 if after == 1 else first * steps + 1, seeds.make_seeds_step
+
+    def told(*args, **kwargs):
+        step, count = make(*args, **kwargs), [0]
+
+        def counted(*trees):
+            count[0] += 1
+            if count[0] == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*trees)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seeds, "make_seeds_step", told)
+        with pytest.raises(Preempted, match=f"saved at step {at}"):
+            fit_seeds(changed(early, tmp_path / "told", seeds=SEEDS))
+    rest = fit_seeds(changed(early, tmp_path / "told", seeds=SEEDS, resume=True))
+    assert rest.mean == group.mean
+    for one, other in zip(rest.runs, group.runs, strict=True):
+        assert (one.run_dir / "metrics.jsonl").read_bytes() == (other.run_dir / "metrics.jsonl").read_bytes()
+        jax.tree.map(np.testing.assert_array_equal, *(split_model(load_run(r.run_dir).model)[1] for r in (one, other)))
+
+
 def test_batches_of_different_buckets_are_padded_to_the_longest():
     def make(length):
         mask = {"a": np.ones((2, length), bool)}
         return Batch({"a": np.ones((2, length, 3), np.float32)}, mask, np.zeros(2, np.int32), np.ones(2, np.float32))
 
-    stacked = seeds._stacked([make(4), make(6)])
+    stacked = seeds_loop.stacked([make(4), make(6)])
     assert stacked.inputs["a"].shape == (2, 2, 6, 3) and stacked.labels.shape == (2, 2)
     assert not stacked.mask["a"][0, :, 4:].any() and stacked.mask["a"][1].all()
 
@@ -137,6 +169,9 @@ def test_seeds_that_do_not_fit_are_refused(group, early, tmp_path):
     for wrong in ((), (1, 1)):
         with pytest.raises(UserError, match="expected different numbers, at least one"):
             fit_seeds(changed(early, tmp_path, seeds=wrong))
+    meshed = dataclasses.replace(changed(early, tmp_path, seeds=SEEDS), parallel=ParallelConfig(data=2))
+    with pytest.raises(UserError, match=r"train.seeds trains all seeds on one device: leave out --parallel"):
+        fit_seeds(meshed)
     with pytest.raises(UserError, match="use fit_seeds"):
         fit(changed(early, tmp_path, seeds=(1, 2)))
     with pytest.raises(UserError, match="name one of its subfolders: seed_3, seed_1111"):
