@@ -1,7 +1,8 @@
 """Several processes that train together, one or more a machine, on JAX's distributed runtime."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -56,6 +57,24 @@ def initialize(config: ParallelConfig) -> None:
         raise UserError(
             f"the processes of this run cannot meet ({reason}); set parallel.coordinator (HOST:PORT of process 0), "
             "num_processes and process_id, or parallel.multi_host off for one process alone"
+        ) from error
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Says what to do where training with several processes fails because one of them is gone.
+
+    Raises:
+        UserError: a collective failed.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise UserError(
+            f"the processes of this run lost each other ({str(error).splitlines()[0][:200]}); most likely one has "
+            "died: see its own messages, then start all of them again with --resume"
         ) from error
 
 

@@ -130,6 +130,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     profiler = Profiler(run_dir / "profile", config.train.profile_steps)
     try:
         with (
+            cluster.explained(),
             Preemption() as preemption,
             checkpoint.Checkpoints(checkpoint_dir, strategy, keep=config.train.keep_checkpoints) as checkpoints,
         ):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,22 +27,22 @@ EXPERIMENT = dataclasses.replace(
     model=dataclasses.replace(tiny.TINY.model, pooling="mean"),
 )
 SOURCE = f"""
-import os, signal
+import os
 from cmamba_jax.config import *
 from cmamba_jax.train import parallel
 
-class Terminated(parallel.Feed):
-    "SIGTERM as the fourth batch is read, in one of the processes."
+class Signalled(parallel.Feed):
+    "A signal as the fourth batch is read, in one of the processes."
     seen = 0
 
     def __next__(self):
         self.seen += 1
         if self.seen == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
         return super().__next__()
 
-if "TERMINATED" in os.environ:
-    parallel.Feed = Terminated
+if "SIGNAL" in os.environ:
+    parallel.Feed = Signalled
 
 def config():
     return {EXPERIMENT!r}
@@ -73,17 +74,30 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_processes_train_as_one_and_a_signal_to_either_stops_both(start, tmp_path):
-    meet = ["--parallel.coordinator", f"127.0.0.1:{free_port()}", "--parallel.num-processes", "2"]
+def test_two_processes_train_as_one_and_what_stops_one_stops_both(start, tmp_path):
     spread = ["--parallel.data", "2", "--parallel.fsdp", "2", "--run-dir", str(tmp_path / "two")]
-    pair = [
-        start(*meet, *spread, "--parallel.process-id", str(i), devices=2, **({"TERMINATED": "1"} if i else {}))
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=200) for process in pair]
-    assert [process.returncode for process in pair] == [75, 75], outputs
+
+    def pair(number, *words):
+        """Two processes, the second of which receives a signal: exit codes and what they wrote."""
+        meet = ["--parallel.coordinator", f"127.0.0.1:{free_port()}", "--parallel.num-processes", "2"]
+        meet += ["--parallel.heartbeat-seconds", "10", *spread, *words]
+        both = [
+            start(*meet, "--parallel.process-id", str(i), devices=2, **({"SIGNAL": str(int(number))} if i else {}))
+            for i in range(2)
+        ]
+        outputs = [process.communicate(timeout=200) for process in both]
+        return [process.returncode for process in both], outputs
+
+    codes, outputs = pair(signal.SIGTERM)
+    assert codes == [75, 75], outputs
     assert "told to stop (SIGTERM)" in outputs[0][1]
     assert ["epoch 1/3" in output for output, _ in outputs] == [True, False]  # one of them speaks
+
+    # Alone, a process could not go on: it ends by itself, and says of what.
+    codes, outputs = pair(signal.SIGKILL, "--resume")
+    # Whichever notices first: our process by a failed collective, or JAX's service by a heartbeat that does not come.
+    message = {2: "the processes of this run lost each other", -signal.SIGABRT: "indicates that another task died"}
+    assert codes[1] == -signal.SIGKILL and message[codes[0]] in outputs[0][1], outputs
 
     # The rest on one process and other axes; the whole on one device.
     rest = start("--resume", "--run-dir", str(tmp_path / "two"), "--parallel.sequence", "2", devices=2)
