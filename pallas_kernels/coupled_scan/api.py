@@ -30,12 +30,14 @@ class Implementation:
         summary: what it is and supports, one line.
         run: solves a problem.
         unsupported: why it cannot solve a problem on a platform ("cpu", "gpu", "tpu"), or None if it can.
+        knows_varying: whether it runs inside `jax.shard_map` with its checks of varying axes, the default.
     """
 
     name: str
     summary: str
     run: Callable[[Problem], ScanOutput]
     unsupported: Callable[[Problem, str], str | None]
+    knows_varying: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ _IMPLEMENTATIONS = (
         "Pallas kernels for NVIDIA GPUs from Hopper on: every coupling, float32 and bfloat16, M up to 8, N up to 128",
         mosaic_gpu.scan,
         mosaic_gpu.unsupported,
+        knows_varying=False,
     ),
     Implementation(
         "mosaic_tpu",

@@ -1,14 +1,15 @@
 """The coupled scan of arrays that are spread over a mesh of devices."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels.coupled_scan.api import coupled_scan
+from pallas_kernels.coupled_scan.api import choose_implementation, coupled_scan, implementations
 from pallas_kernels.coupled_scan.sequence_parallel import sequence_parallel_scan
-from pallas_kernels.coupled_scan.types import ScanInputError, ScanOutput, Shared
+from pallas_kernels.coupled_scan.types import Array, Problem, ScanInputError, ScanOutput, Shared
 from pallas_kernels.coupled_scan.varying import vary
 
 
@@ -67,6 +68,14 @@ def sharded_scan(mesh: Mesh, axes: Axes, **arguments: Any) -> ScanOutput:
     options = {k: v for k, v in arguments.items() if k not in letters and k != "coupling"}
     specs = {k: axes.spec(letters[k]) if k in letters else PartitionSpec() for k in arrays}
 
+    def part(name: str, value: Array) -> jax.ShapeDtypeStruct:
+        """What one device holds of an array."""
+        cuts = axes.spec(letters[name])
+        names = ((cut,) if isinstance(cut, str) else cut or () for cut in cuts)
+        counts = (math.prod(mesh.shape[name] for name in cut) for cut in names)
+        shape = tuple(size // count for size, count in zip(value.shape, counts, strict=True))
+        return jax.ShapeDtypeStruct(shape, value.dtype)
+
     def local(arrays: dict[str, Any]) -> ScanOutput:
         # The union of what the arrays vary over, also where one device holds an axis of the mesh alone.
         arrays = vary(arrays, [*axes.batch, *([axes.channels] if axes.channels else [])])
@@ -74,5 +83,10 @@ def sharded_scan(mesh: Mesh, axes: Axes, **arguments: Any) -> ScanOutput:
             return coupled_scan(**arrays, **options)
         return sequence_parallel_scan(**arrays, **options, axis_name=axes.time)
 
+    parts = {k: part(k, v) if k in letters else v for k, v in arrays.items()}
+    problem = Problem(**parts, **{k: options[k] for k in ("dt_softplus", "readout") if k in options})
+    name = options.get("implementation") or choose_implementation(problem).name
+    # An unknown name raises its error inside.
+    checks = implementations()[name].knows_varying if name in implementations() else True
     out_specs = ScanOutput(y=axes.spec("MBLD"), final_state=axes.spec(state))
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(arrays)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=checks)(arrays)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_coupled_scan import assert_close
 
 from pallas_kernels import ScanInputError, ScanOutput, coupled_scan
+from pallas_kernels.coupled_scan import sharded
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
 from pallas_kernels.coupled_scan.sharded import Axes, sharded_scan
 
@@ -77,6 +78,14 @@ def test_batch_and_channels(sizes):
 
 @pytest.mark.parametrize("coupling", ["independent", "shared", "full"])
 def test_all_axes_at_once(coupling):
+    assert_same(dataclasses.replace(FULL, coupling=coupling), {"data": 2, "tensor": 2, "sequence": 2})
+
+
+@pytest.mark.parametrize("coupling", ["independent", "shared", "full"])
+def test_implementations_that_do_not_know_varying_axes(coupling, monkeypatch):
+    """As the GPU kernels: without its checks `jax.shard_map` sums the gradients of what is shared in another way."""
+    known = {name: dataclasses.replace(i, knows_varying=False) for name, i in sharded.implementations().items()}
+    monkeypatch.setattr(sharded, "implementations", lambda: known)
     assert_same(dataclasses.replace(FULL, coupling=coupling), {"data": 2, "tensor": 2, "sequence": 2})
 
 

@@ -40,4 +40,7 @@ def test_tpu_pods(name, layout):
 
 @pytest.mark.skipif(not topology.gpu_available(), reason=topology.GPU_MISSING)
 def test_four_gpus():
-    assert_only_states_halos_and_gradients_travel(compile_step("cuda", "1x1x4", "data=2,sequence=2"))
+    program = compile_step("cuda", "1x1x4", "data=2,sequence=2")
+    # As on TPUs, or more of them where the kernels cut time in chunks.
+    assert program.count('custom_call_target="mosaic_gpu') >= 4 * LAYERS
+    assert_only_states_halos_and_gradients_travel(program)
