@@ -19,6 +19,7 @@ from cmamba_jax.config import ModelConfig, OptimizerConfig, TaskConfig, TrainCon
 from cmamba_jax.models import CoupledMamba
 from cmamba_jax.results import records
 from cmamba_jax.train import optimizer, state
+from cmamba_jax.train.compilation import jit
 from cmamba_jax.train.objective import make_loss_sum
 
 _MODEL = ModelConfig(d_model=8, d_state=4, n_layers=3, head_hidden=8)
@@ -141,4 +142,4 @@ def _hand_written() -> tuple[Callable, tuple]:
         return (params, first, second, count), value
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.jit(step, donate_argnums=0), (params, zeros, jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
+    return jit(step, donate_argnums=0), (params, zeros, jax.tree.map(jnp.zeros_like, params), jnp.int32(0))

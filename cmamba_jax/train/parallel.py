@@ -20,6 +20,7 @@ from cmamba_jax.batch import Batch
 from cmamba_jax.config import ExperimentConfig, ParallelConfig
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import partition
+from cmamba_jax.train.compilation import jit
 from cmamba_jax.train.state import Params, StepMetrics, Strategy, TrainState
 from pallas_kernels.coupled_scan.sharded import Axes
 
@@ -151,7 +152,7 @@ class MeshStrategy(Strategy):
     ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """`jax.jit` of the step for states that `place` has placed."""
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        @functools.partial(jit, donate_argnums=0)
         def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
             with partition.use(self.partition):
                 new, metrics = step(state, batch)
@@ -164,7 +165,7 @@ class MeshStrategy(Strategy):
     def compile_predict(self, predict: Callable[[Params, Batch], jax.Array]) -> Callable[[Params, Batch], jax.Array]:
         """Logits come back whole on every device."""
 
-        @functools.partial(jax.jit, out_shardings=self._named())
+        @functools.partial(jit, out_shardings=self._named())
         def compiled(params: Params, batch: Batch) -> jax.Array:
             with partition.use(self.partition):
                 return predict(params, batch)

@@ -16,6 +16,7 @@ from cmamba_jax.batch import Batch
 from cmamba_jax.config import TrainConfig
 from cmamba_jax.train import checkpoint, loop, state
 from cmamba_jax.train.checkpoint import Position
+from cmamba_jax.train.compilation import jit
 from cmamba_jax.train.preemption import Preempted
 from cmamba_jax.train.state import Params, StepMetrics, TrainState
 from cmamba_jax.train.writers import Progress
@@ -55,13 +56,13 @@ def make_seeds_step(
         new, metrics = every(old, batch)
         return (new if active is None else _select(active, new, old)), metrics
 
-    return jax.jit(all_seeds, donate_argnums=0)
+    return jit(all_seeds, donate_argnums=0)
 
 
 def make_seeds_predict(graphdef: nnx.GraphDef, how: How | None = None) -> Callable[[Params, Batch], jax.Array]:
     """Compiles ``predict(params, batch) -> logits`` for S seeds, which share the batch."""
     predict = state.predict_step(graphdef)
-    return jax.jit(lambda params, batch: over_seeds(lambda own: predict(own, batch), how)(params))
+    return jit(lambda params, batch: over_seeds(lambda own: predict(own, batch), how)(params))
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ from flax import nnx
 
 from cmamba_jax.batch import Batch
 from cmamba_jax.models import ModelState
+from cmamba_jax.train.compilation import jit
 
 Params = dict[str, Any]
 LossSum = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
@@ -65,11 +66,11 @@ class Strategy:
         self, step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """Compiles a training step; the state passed in is donated."""
-        return jax.jit(step, donate_argnums=0)
+        return jit(step, donate_argnums=0)
 
     def compile_predict(self, predict: Callable[[Params, Batch], jax.Array]) -> Callable[[Params, Batch], jax.Array]:
         """Compiles a function of parameters, as `portable` returns them, and a batch."""
-        return jax.jit(predict)
+        return jit(predict)
 
     def place(self, state: TrainState) -> TrainState:
         """Puts a state that every process holds whole onto the devices."""
@@ -182,7 +183,7 @@ def make_stream_step(
         out = nnx.merge(graphdef, params).step(model_state, inputs, mask=mask)
         return out.logits, out.state
 
-    return jax.jit(step)
+    return jit(step)
 
 
 def parameter_names(params: Params) -> list[str]:
