@@ -111,9 +111,15 @@ def with_halo(
     def local(x: jax.Array, window: jax.Array, reset: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
         x, window, reset = vary((x, window, reset), [time])
         rank = rank_of(time, reverse)
-        near = slice(None, width) if reverse else slice(steps - width, None)
-        _, end = history(x[..., near, :], jnp.zeros_like(window), None if reset is None else reset[:, near])
-        taps, after = history(x, jnp.where(rank == 0, window, shift(time, 1, reverse, end)), reset)
+        # Taps are linear in x and window, and the window reaches the first steps alone. As a sum the small part is no
+        # reason for XLA to write out the long one, as it would a concatenation that it also keeps for the gradient.
+        taps, after = history(x, jnp.zeros_like(window), reset)
+        entering = jnp.where(rank == 0, window, shift(time, 1, reverse, after))
+        first = slice(steps - width, None) if reverse else slice(None, width)
+        heads, _ = history(jnp.zeros_like(x[..., first, :]), entering, None if reset is None else reset[:, first])
+        rest = (steps - width, 0) if reverse else (0, steps - width)
+        padding = [(0, 0)] * (x.ndim - 2) + [rest, (0, 0)]
+        taps = [tap + jnp.pad(head, padding) for tap, head in zip(taps, heads, strict=True)]
         # The window after the whole sequence is that of the last device.
         return taps, jax.lax.psum(jnp.where(rank == mesh.shape[time] - 1, after, 0), time)
 

@@ -136,6 +136,8 @@ def _scan_backward(static: _Static, saved: Any, bar: ScanOutput) -> tuple[Proble
     leaving = vjp(bar)[0].initial_state
     arriving = shift(static.axis, -1, static.reverse, _prefix(static, _transpose(transition), leaving, backwards=True))
     final_bar = jnp.where(rank == size - 1, bar.final_state, arriving)
+    # The second derivative starts after the first: what XLA makes of the inputs for one is not kept for the other.
+    vjp, final_bar = jax.lax.optimization_barrier((vjp, final_bar))
     grads = vjp(ScanOutput(y=bar.y, final_state=final_bar))[0]
     initial_bar = jnp.where(rank == 0, grads.initial_state, 0)
     no_gradient = {

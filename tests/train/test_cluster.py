@@ -57,7 +57,9 @@ def start(tmp_path):
     def start(*words, devices, **variables):
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+            # The last as in conftest.py: on a busy machine a device may wait long for another.
+            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices} "
+            "--xla_cpu_collective_call_terminate_timeout_seconds=300",
             **variables,
         }
         return subprocess.Popen(

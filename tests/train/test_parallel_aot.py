@@ -13,9 +13,12 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "pallas_kernels" / "compile_trai
 LAYERS = 2
 
 
-def compile_step(platform, name, layout):
+def compile_step(platform, name, layout, changes=""):
     process = subprocess.run(
-        [sys.executable, SCRIPT, platform, name, layout], env=tpu_compile.environment(), capture_output=True, text=True
+        [sys.executable, SCRIPT, platform, name, layout, changes],
+        env=tpu_compile.environment(),
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
@@ -27,6 +30,16 @@ def assert_only_states_halos_and_gradients_travel(program):
     moved = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? collective-permute(?:-start)?\(", program)
     # Scan states [B, D, N] and the three steps [M, B, 3, D] that a convolution looks back.
     assert set(moved) == {"8,256,64", "3,8,3,256"}
+
+
+@pytest.mark.skipif(not topology.gpu_available(), reason=topology.GPU_MISSING)
+def test_two_gpus_share_out_the_memory_of_a_long_sequence():
+    """One sequence; the longer it is and the more layers, the less else counts."""
+    one, two = (
+        int(compile_step("cuda", name, layout, f"samples=1,length={length},n_layers=1,scan=xla").split()[-1])
+        for name, layout, length in (("1x1x1", "sequence=1", 32768), ("1x1x2", "sequence=2", 16384))
+    )
+    assert two < 0.6 * one
 
 
 @pytest.mark.skipif(not tpu_compile.available(), reason=tpu_compile.MISSING)
