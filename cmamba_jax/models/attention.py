@@ -1,5 +1,7 @@
 """Baselines beside the coupled blocks: crossmodal attention (MulT), and fusion of the modalities before any layer."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from cmamba_jax.errors import UserError
 from cmamba_jax.models import functional
 from cmamba_jax.models.block import dropout
 from cmamba_jax.models.ssm import CoupledSSM, SSMState
+from pallas_kernels.platform import default_platform
 
 
 class CrossAttentionBlock(nnx.Module):
@@ -84,10 +87,12 @@ class CrossAttentionBlock(nnx.Module):
         heads = (m * m * b, length, self.n_heads, f // self.n_heads)
         keys, values = (part.reshape(heads) for part in jnp.split(key_value, 2, axis=-1))
 
-        allowed = self._allowed(mask, reset, (m, b, length))
-        read = jax.nn.dot_product_attention(query.reshape(heads), keys, values, mask=allowed[:, None])
-        # Where there is nothing to attend to, the softmax is even over what is missing: it reads nothing.
-        read = functional.keep(read.reshape(m * m * b, length, f), jnp.any(allowed, axis=-1))
+        allowed = None if mask is None and reset is None else self._allowed(mask, reset, (m, b, length))
+        read = attend(query.reshape(heads), keys, values, causal=self.causal, allowed=allowed)
+        read = read.reshape(m * m * b, length, f)
+        if allowed is not None:
+            # Where there is nothing to attend to, the softmax is even over what is missing: it reads nothing.
+            read = functional.keep(read, jnp.any(allowed, axis=-1))
         out = jnp.einsum("miblg,migf->mblf", read.reshape(m, m, b, length, f), self.out[...].astype(self.dtype))
         x = functional.keep(x + dropout(out.astype(jnp.float32), self.dropout, dropout_keys[0], batch_axis=1), mask)
 
@@ -112,6 +117,43 @@ class CrossAttentionBlock(nnx.Module):
         if mask is not None:
             allowed = allowed & mask[:, :, None, :]
         return allowed.reshape(m * m * b, length, length)
+
+
+def attend(
+    query: Float[Array, "B L H F"],
+    key: Float[Array, "B L H F"],
+    value: Float[Array, "B L H F"],
+    *,
+    causal: bool,
+    allowed: Bool[Array, "B L L"] | None = None,
+) -> Float[Array, "B L H F"]:
+    """Softmax attention by `jax.nn.dot_product_attention`; cuDNN's flash attention where it can do it.
+
+    It can on NVIDIA GPUs since Ampere, in bfloat16 or float16, without `allowed`: a mask of size L x L would undo what
+    it saves. Elsewhere XLA's runs, whose memory grows with the square of L.
+
+    Args:
+        query: of H heads of width F.
+        key: likewise.
+        value: likewise.
+        causal: steps read themselves and those before; counts only without `allowed`.
+        allowed: which steps (last axis) each step reads; None: as `causal` says.
+    """
+    if allowed is not None:
+        return jax.nn.dot_product_attention(query, key, value, mask=allowed[:, None])
+    width = query.shape[-1]
+    if not (_has_flash_attention() and query.dtype in (jnp.bfloat16, jnp.float16) and width <= 128):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
+    # cuDNN wants widths of whole eights; zeros change no product.
+    query, key, value = (jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, -width % 8))) for v in (query, key, value))
+    read = jax.nn.dot_product_attention(query, key, value, is_causal=causal, scale=width**-0.5, implementation="cudnn")
+    return read[..., :width]
+
+
+def _has_flash_attention() -> bool:
+    """Whether the default device is an NVIDIA GPU of compute capability 8.0 or later."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return default_platform() == "gpu" and re.fullmatch(r"([89]|\d\d+)\.\d+", str(capability)) is not None
 
 
 def positions(length: int, width: int, reset: Bool[Array, "B L"] | None) -> Float[Array, "#B L F"]:

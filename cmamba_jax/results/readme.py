@@ -120,6 +120,32 @@ def _device(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+def _efficiency(records: Sequence[Record]) -> str:
+    from cmamba_jax.bench.efficiency import KINDS, MODELS, less, memory_of, percent
+
+    parts = []
+    for record in _of(records, "efficiency"):
+        kinds = [kind for kind in KINDS if kind in record["results"][0]]
+        sizes = ", ".join(f"{name.replace('_', '-')} {m['parameters']:,}" for name, m in record["models"].items())
+        counted = any(r[kind][name].get("peak_bytes") for r in record["results"] for kind in kinds for name in MODELS)
+        parts.append(f"`{record['command']}`: batch {record['batch']}, {record['dtype']}, parameters: {sizes}; medians "
+                     f"of up to {record['repeats']}; memory by the {'device' if counted else 'compiler'}; "
+                     f"{_where(record)}.\n")  # fmt: skip
+        heads = ["steps", *(f"{kind}, {unit}" for kind in kinds for unit in ("MiB", "less", "ms", "less"))]
+        rows = []
+        for result in record["results"]:
+            cells = [f"{result['length']:,}"]
+            for kind in kinds:
+                pair = [result[kind][name] | {"memory": memory_of(result[kind][name])} for name in MODELS]
+                memory = (f"{r['memory'] / 2**20:,.0f}" if r["memory"] else "?" for r in pair)
+                times = (f"{r['ms']:,.0f}" if "ms" in r else r["error"] for r in pair)
+                cells += [" / ".join(memory), percent(less(*pair, "memory"))]
+                cells += [" / ".join(times), percent(less(*pair, "ms"))]
+            rows.append(cells)
+        parts.append(_markdown(heads, rows))
+    return "\n".join(parts)
+
+
 def _host(records: Sequence[Record]) -> str:
     rows = []
     for record in _of(records, "stream"):
@@ -159,6 +185,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "experiments": _experiments,
     "scan": _scan,
     "device": _device,
+    "efficiency": _efficiency,
     "host": _host,
     "tpu": _tpu,
 }

@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from cmamba_jax.config import ModelConfig
-from cmamba_jax.models.attention import CrossAttentionBlock, EarlyFusion, positions
+from cmamba_jax.models import attention
+from cmamba_jax.models.attention import CrossAttentionBlock, EarlyFusion, attend, positions
 
 
 def test_attention_equals_a_loop_over_pairs_heads_and_steps():
@@ -31,6 +32,33 @@ def test_attention_equals_a_loop_over_pairs_heads_and_steps():
         expected[m, 0, t] += (weights / weights.sum()) @ v[:, part] @ last[m, i, part]
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert state == {}
+
+
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def test_without_masks_it_is_the_attention_with_masks_that_hide_nothing(direction):
+    block = CrossAttentionBlock(ModelConfig(d_model=4, n_heads=2, direction=direction), 2, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 2, 5, 4))
+    masked, plain = (
+        block(x, mask=mask, reset=None, state={}, key=None)[0] for mask in (jnp.ones((2, 2, 5), bool), None)
+    )
+    np.testing.assert_allclose(plain, masked, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_gets_widths_of_whole_eights_and_the_true_scale(monkeypatch, causal):
+    calls, plain = [], jax.nn.dot_product_attention
+
+    def cudnn(query, key, value, *, implementation, **rest):
+        calls.append((implementation, query.shape[-1]))
+        return plain(query, key, value, **rest)
+
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 11), jnp.bfloat16)
+    expected = attend(query, key, value, causal=causal)
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    out = attend(query, key, value, causal=causal)
+    assert calls == [("cudnn", 16)] and out.shape == query.shape
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=0.02)
 
 
 @pytest.mark.parametrize("width", [5, 6])

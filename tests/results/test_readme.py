@@ -47,6 +47,22 @@ def test_tables():
     assert readme.render(found, new) == (new, 2)
 
 
+def test_efficiency_says_what_the_coupled_model_saves_and_what_did_not_fit():
+    def pair(own, other):
+        return {"coupled": own, "cross_attention": other}
+
+    size = {"memory_bytes": 2**20}
+    short = pair(size | {"ms": 10.0}, {"memory_bytes": 4 * 2**20, "ms": 40.0})
+    long = pair(size | {"ms": 20.0}, {"memory_bytes": 8000 * 2**20, "error": "out of memory"})
+    record = HEAD | {"kind": "efficiency", "batch": 1, "dtype": "float32", "repeats": 5}
+    record["models"] = pair({"d_model": 4, "parameters": 1000}, {"d_model": 3, "parameters": 1010})
+    record["results"] = [{"length": 500, "inference": short}, {"length": 65_536, "inference": long}]
+    new, _ = readme.render([record], "<!-- results: efficiency -->\n<!-- end -->\n")
+    assert "parameters: coupled 1,000, cross-attention 1,010" in new and "memory by the compiler; a card; jax 1" in new
+    assert "| 500 | 1 / 4 | 75.0% | 10 / 40 | 75.0% |" in new
+    assert "| 65,536 | 1 / 8,000 | 100.0% | 20 / out of memory | - |" in new
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
