@@ -2,7 +2,7 @@
 
 A job is {"case": ..., "capability": 80}. A process of its own, since the tests' process interprets the kernels.
 Forward and backward are lowered through jax-triton, inside one jitted function, for the platform cuda; then each
-kernel is compiled to machine code by Triton with its own ptxas, which counts spilled bytes as `local`.
+kernel is compiled to machine code by Triton with its own ptxas, which says how many registers are used and how many bytes spilled.
 """
 
 import functools
@@ -18,6 +18,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "0"}
 import jax
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from cmamba_jax.bench.tpu_compile import abstract_inputs
 from pallas_kernels.coupled_scan import triton_gpu
@@ -40,7 +41,7 @@ def compile_kernel(kernel, arrays, outputs, capability, warps, constants):
         file.write(compiled.asm["ptx"].encode())
         file.flush()
         arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={arch}", file.name, "-o", os.devnull]
+        command = [get_ptxas(capability).path, "-v", f"-arch={arch}", file.name, "-o", os.devnull]
         process = subprocess.run(command, capture_output=True, text=True)
         report = process.stdout + process.stderr
         if process.returncode:
