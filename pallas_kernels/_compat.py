@@ -58,3 +58,11 @@ def interpret_params() -> Any:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
         return InterpretGPUParams()
+
+
+def triton_call(*arrays: jax.Array, out: Any, **arguments: Any) -> Any:
+    """`jax_triton.triton_call`, which takes `out_type` from 0.4 on (Python 3.12) and before that `out_shape`."""
+    import jax_triton
+
+    name = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+    return jax_triton.triton_call(*arrays, **{name: out}, **arguments)

@@ -13,7 +13,18 @@ from pallas_kernels.coupled_scan.cases import Case, make_inputs
 from pallas_kernels.coupled_scan.types import Problem
 from pallas_kernels.platform import default_platform
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "libtpu", "jax-cuda13-plugin")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "libtpu",
+    "jax-cuda13-plugin",
+    "jax-triton",
+    "triton",
+)
 _EVERYTHING = dict.fromkeys(("skip", "gate", "dt_bias", "mask", "reset", "initial_state"), True)
 _SIZES = {"M": 3, "B": 2, "L": 300, "D": 256, "N": 16}
 # Against the reference on the same device, relative L2: results, gradients.

@@ -7,6 +7,7 @@ xla.py        associative scan in time chunks, for every backend
 discretize.py what surrounds the recurrence in both
 mosaic_gpu/   Pallas kernels for NVIDIA GPUs
 mosaic_tpu/   Pallas kernels for TPUs
+triton_gpu/   Triton kernels for NVIDIA GPUs, through jax-triton
 sequence_parallel.py  time cut over devices, inside shard_map
 sharded.py    the scan of arrays that are spread over a mesh of devices
 varying.py    over which axes of a mesh values vary

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels.coupled_scan import mosaic_gpu, mosaic_tpu, reference, trace, xla
+from pallas_kernels.coupled_scan import mosaic_gpu, mosaic_tpu, reference, trace, triton_gpu, xla
 from pallas_kernels.coupled_scan.types import (
     Array,
     Coupling,
@@ -78,6 +78,12 @@ _IMPLEMENTATIONS = (
         "Pallas kernels for TPUs: every coupling, float32 and bfloat16, M up to 8, N up to 128; never run on a TPU yet",
         mosaic_tpu.scan,
         mosaic_tpu.unsupported,
+    ),
+    Implementation(
+        "triton",
+        "Triton kernels for NVIDIA GPUs from Ampere on: every coupling, M up to 8, N up to 128; never run on a GPU yet",
+        triton_gpu.scan,
+        triton_gpu.unsupported,
     ),
 )
 

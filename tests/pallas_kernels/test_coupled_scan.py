@@ -20,7 +20,7 @@ from pallas_kernels.coupled_scan import api
 from pallas_kernels.coupled_scan.cases import Case, covering_cases, make_inputs
 
 # Files of their own run the interpreted kernels: they take too long to compile for the whole suite.
-KERNELS = ("mosaic_gpu", "mosaic_tpu")
+KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton")
 RUNNERS = {
     name: functools.partial(coupled_scan, implementation=name) for name in implementations() if name not in KERNELS
 }

@@ -12,18 +12,23 @@ import pytest
 import test_coupled_scan as suite
 
 from pallas_kernels import coupled_scan
-from pallas_kernels.coupled_scan import mosaic_gpu
+from pallas_kernels.coupled_scan import mosaic_gpu, triton_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
 from pallas_kernels.coupled_scan.types import Problem
+from pallas_kernels.platform import default_platform
 
-if jax.default_backend() != "gpu" or mosaic_gpu._wrong_gpu():
-    pytest.skip("needs a Hopper GPU or newer and JAX_PLATFORMS=cuda", allow_module_level=True)
+KERNELS = {"mosaic_gpu": mosaic_gpu, "triton": triton_gpu}
+SMALLEST = Problem(**make_inputs(Case(M=1, B=1, L=1, D=1, N=4)))
+USABLE = [name for name in KERNELS if KERNELS[name].unsupported(SMALLEST, default_platform()) is None]
+if not USABLE:
+    pytest.skip("needs an NVIDIA GPU (mosaic_gpu: Hopper; triton: jax-triton) and JAX_PLATFORMS=cuda",
+                allow_module_level=True)  # fmt: skip
 
 SEED = int(os.environ.get("CMAMBA_TEST_SEED", random.SystemRandom().randrange(2**31)))
 SWITCHES = ("dt_softplus", "reverse", "skip", "gate", "dt_bias", "mask", "reset", "initial_state")
 
 
-def draw(index):
+def draw(name, index):
     rng = random.Random(SEED + index)
     while True:
         case = Case(
@@ -38,24 +43,28 @@ def draw(index):
             **{name: rng.random() < 0.6 for name in SWITCHES},
         )
         small = case.M * case.B * case.L * case.D * case.N < 3e7
-        if small and mosaic_gpu.limits(Problem(**make_inputs(Case(**(vars(case) | {"L": 1}))))) is None:
+        if small and KERNELS[name].limits(Problem(**make_inputs(Case(**(vars(case) | {"L": 1}))))) is None:
             return case
 
 
-def scan_and_vjp(inputs, *bars, **options):
-    run = functools.partial(coupled_scan, implementation="mosaic_gpu")
-    return suite._scan_and_vjp(run, suite._static(options), *suite._split(inputs), *bars)
+RUNNERS = {name: functools.partial(coupled_scan, implementation=name) for name in USABLE}
 
 
+def scan_and_vjp(name, inputs, *bars, **options):
+    return suite._scan_and_vjp(RUNNERS[name], suite._static(options), *suite._split(inputs), *bars)
+
+
+@pytest.mark.parametrize("name", USABLE)
 @pytest.mark.parametrize("index", range(12))
-def test_random_cases(index):
-    case = draw(index)
+def test_random_cases(name, index):
+    case = draw(name, index)
     print(f"CMAMBA_TEST_SEED={SEED}", case)
-    suite.test_forward_and_every_gradient(scan_and_vjp, case)
+    suite.test_forward_and_every_gradient(functools.partial(scan_and_vjp, name), case)
 
 
-def test_same_bits_twice():
+@pytest.mark.parametrize("name", USABLE)
+def test_same_bits_twice(name):
     case = Case(M=3, B=2, L=300, D=128, N=16, dtype="bfloat16", **suite.EVERYTHING)
     inputs, bars = make_inputs(case), suite._cotangents(case)
-    first, second = (jax.tree.leaves(scan_and_vjp(inputs, *bars)) for _ in range(2))
+    first, second = (jax.tree.leaves(scan_and_vjp(name, inputs, *bars)) for _ in range(2))
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
