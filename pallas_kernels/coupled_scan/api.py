@@ -84,6 +84,7 @@ _IMPLEMENTATIONS = (
         "Triton kernels for NVIDIA GPUs from Ampere on: every coupling, M up to 8, N up to 128; never run on a GPU yet",
         triton_gpu.scan,
         triton_gpu.unsupported,
+        knows_varying=False,
     ),
 )
 
