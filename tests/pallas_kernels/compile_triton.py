@@ -2,7 +2,8 @@
 
 A job is {"case": ..., "capability": 80}. A process of its own, since the tests' process interprets the kernels.
 Forward and backward are lowered through jax-triton, inside one jitted function, for the platform cuda; then each
-kernel is compiled to machine code by Triton with its own ptxas, which says how many registers are used and how many bytes spilled.
+kernel is compiled to machine code by Triton with its own ptxas, which says how many registers are used and how many
+bytes spilled.
 """
 
 import functools
