@@ -2,8 +2,8 @@
 
 A job is {"case": ..., "capability": 80}. A process of its own, since the tests' process interprets the kernels.
 Forward and backward are lowered through jax-triton, inside one jitted function, for the platform cuda; then each
-kernel is compiled to machine code by Triton with its own ptxas, which says how many registers are used and how many
-bytes spilled.
+kernel is compiled to machine code by Triton with its own ptxas, which says how many registers it uses and how many
+bytes it spills.
 """
 
 import functools
@@ -17,6 +17,7 @@ import tempfile
 os.environ |= {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "0"}
 
 import jax
+import jax_triton  # noqa: F401  (before 0.4 its import empties TRITON_CACHE_DIR)
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -80,6 +81,12 @@ def compile_case(case, capability):
 
 
 def main():
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        run_jobs()
+
+
+def run_jobs():
     for job in json.load(sys.stdin):
         try:
             record = {"error": None} | compile_case(Case(**job["case"]), job["capability"])

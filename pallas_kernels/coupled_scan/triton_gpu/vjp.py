@@ -62,10 +62,10 @@ def scan(call: Call, p: Problem) -> ScanOutput:
 
 
 def tiling(m: int, d: int, n: int, *, full: bool) -> tuple[dict[str, int], int]:
-    """Sizes of a program's tiles, and its warps: about 16 states a thread, half with the M x M sums of `full`."""
+    """Sizes of a program's tiles, and its warps: 16 states a thread, fewer where registers would not hold them."""
     p2m, p2n = _power_of_two(m), _power_of_two(n)
     warps = 4 if p2m * p2n <= 64 else 8
-    states = 32 * warps * (8 if full and p2m > 4 else 16)
+    states = 32 * warps * (4 if full else 8 if p2m * p2n > 64 else 16)
     channels = max(1, min(states // (p2m * p2n), 64, _power_of_two(d)))
     return {"P2M": p2m, "P2N": p2n, "BD": channels}, warps
 
