@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -66,3 +67,11 @@ def triton_call(*arrays: jax.Array, out: Any, **arguments: Any) -> Any:
 
     name = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
     return jax_triton.triton_call(*arrays, **{name: out}, **arguments)
+
+
+def triton_refusal() -> str | None:
+    """Why the installed jax-triton does not work with the installed JAX, or None if it does."""
+    found = importlib.metadata.version("jax-triton")
+    if jax.__version_info__ >= (0, 12) and tuple(map(int, found.split(".")[:2])) <= (0, 4):
+        return f"jax-triton {found} does not work with jax {jax.__version__}; it needs a newer one, or jax before 0.12"
+    return None

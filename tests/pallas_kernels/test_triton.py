@@ -5,6 +5,7 @@ What Triton's compiler makes of them: test_triton_aot.py; on a GPU: test_mosaic_
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import test_coupled_scan as suite
 
-from pallas_kernels import UnsupportedError, choose_implementation, coupled_scan
+from pallas_kernels import UnsupportedError, _compat, choose_implementation, coupled_scan
 from pallas_kernels.coupled_scan import api, triton_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
 from pallas_kernels.coupled_scan.types import Problem
@@ -163,6 +164,17 @@ def test_wants_ampere_and_is_never_chosen_by_itself(capability, usable, monkeypa
     device = mock.Mock(compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda *platform: [device])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(_compat, "triton_refusal", lambda: None)
     why = triton_gpu.unsupported(problem(), "gpu")
     assert why is None if usable else "compute capability 8.0) or newer, this one has 7.5" in why
     assert choose_implementation(problem(), "gpu").name != "triton"
+
+
+@pytest.mark.parametrize(
+    ("triton", "version", "works"),
+    [("0.3.1", (0, 10, 2), True), ("0.4.1", (0, 12, 0), False), ("0.5.0", (0, 12, 0), True)],
+)
+def test_versions_that_do_not_work_together(triton, version, works, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert (_compat.triton_refusal() is None) == works

@@ -10,10 +10,13 @@ import sys
 
 import pytest
 
+from pallas_kernels import _compat
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
 
 if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
     pytest.skip("needs Triton: pip install 'cmamba-jax[triton]'", allow_module_level=True)
+if _compat.triton_refusal():
+    pytest.skip(_compat.triton_refusal(), allow_module_level=True)
 
 EVERYTHING = dict.fromkeys(("skip", "gate", "dt_bias", "mask", "reset", "initial_state"), True)
 JOBS = {

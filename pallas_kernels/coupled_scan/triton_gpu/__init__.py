@@ -48,7 +48,9 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it needs an NVIDIA GPU, the default device is a {platform}"
     if missing := [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]:
         return f"it needs {' and '.join(missing)}, which pip install 'cmamba-jax[triton]' brings"
-    if why := _wrong_gpu():
+    from pallas_kernels import _compat  # Imports Pallas, which takes a while.
+
+    if why := _wrong_gpu() or _compat.triton_refusal():
         return why
     if axes := varying_axes([leaf for leaf in jax.tree.leaves(problem) if isinstance(leaf, jax.Array)]):
         return f"inside jax.shard_map over {', '.join(sorted(axes))} it needs check_vma=False"
