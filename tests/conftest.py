@@ -11,8 +11,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Eight simulated devices, for the tests of meshes; what names no device uses the first.
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-# They share the cores of the machine: where one waits for another for 40 s on a busy machine, XLA would abort.
-os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 # Before the packages are imported for the first time.
 jaxtyping.install_import_hook(["cmamba_jax", "pallas_kernels"], "typecheck.check")

@@ -150,9 +150,8 @@ def train(
             _read(pending, logs, active, members, group)
             pending = (number, metrics)
             if number < end and preempted(number):
-                _read(pending, logs, active, members, group)
+                _read(pending, logs, active, members, group, drain=True)
                 for member, log, on in zip(members, logs, active, strict=True):
-                    log.read(group)
                     # The batches of a seed that has stopped go on too, unread, until all have.
                     own = {"step": number, "losses": log.unwritten} if on else {}
                     member.position = dataclasses.replace(member.position, data=member.batches.get_state(), **own)
@@ -204,9 +203,13 @@ def _read(
     members: list[Member],
     group: TrainState,
     *,
+    drain: bool = False,
     last: bool = False,
 ) -> None:
-    """Hands each seed its part of the metrics of a step, one step late."""
+    """Hands each seed its part of the metrics of a step, which its log reads one step late.
+
+    With `drain` at once, and at the `last` step of an epoch too.
+    """
     if pending is None:
         return
     number, metrics = pending[0], jax.device_get(pending[1])
@@ -214,8 +217,8 @@ def _read(
         if active[i]:
             try:
                 log.add(number, jax.tree.map(lambda x, i=i: x[i], metrics), group)
-                if last:
-                    log.read(group, last=True)
+                if drain or last:
+                    log.read(group, last=last)
             except loop.NonFiniteError as error:
                 raise loop.NonFiniteError(f"{members[i].folder.name}: {error}") from None
 

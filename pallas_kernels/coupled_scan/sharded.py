@@ -71,8 +71,8 @@ def sharded_scan(mesh: Mesh, axes: Axes, **arguments: Any) -> ScanOutput:
     def part(name: str, value: Array) -> jax.ShapeDtypeStruct:
         """What one device holds of an array."""
         cuts = axes.spec(letters[name])
-        names = ((cut,) if isinstance(cut, str) else cut or () for cut in cuts)
-        counts = (math.prod(mesh.shape[name] for name in cut) for cut in names)
+        over = ((cut,) if isinstance(cut, str) else cut or () for cut in cuts)
+        counts = (math.prod(mesh.shape[axis] for axis in cut) for cut in over)
         shape = tuple(size // count for size, count in zip(value.shape, counts, strict=True))
         return jax.ShapeDtypeStruct(shape, value.dtype)
 

@@ -110,8 +110,8 @@ def test_forced_without_a_gpu_it_says_so():
 
 def test_chosen_on_a_gpu_where_it_can_be(monkeypatch):
     problem = Problem(**make_inputs(Case(M=2, B=1, L=1, D=2, N=4)))
-    monkeypatch.setattr(mosaic_gpu, "_wrong_gpu", lambda: None)
+    monkeypatch.setattr(mosaic_gpu, "too_old_gpu", lambda *least: None)
     assert choose_implementation(problem, "gpu").name == "mosaic_gpu"
-    monkeypatch.setattr(mosaic_gpu, "_wrong_gpu", lambda: "it needs a Hopper GPU")
+    monkeypatch.setattr(mosaic_gpu, "too_old_gpu", lambda *least: "it needs a Hopper GPU")
     choice = choose_implementation(problem, "gpu")
     assert choice.name == "xla" and "Hopper" in choice.reason

@@ -166,7 +166,7 @@ def test_wants_ampere_and_is_never_chosen_by_itself(capability, usable, monkeypa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(_compat, "triton_refusal", lambda: None)
     why = triton_gpu.unsupported(problem(), "gpu")
-    assert why is None if usable else "compute capability 8.0) or newer, this one has 7.5" in why
+    assert why is None if usable else "compute capability 8.0) or newer, this has 7.5" in why
     assert choose_implementation(problem(), "gpu").name != "triton"
 
 

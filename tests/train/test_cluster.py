@@ -57,9 +57,7 @@ def start(tmp_path):
     def start(*words, devices, **variables):
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-            # The last as in conftest.py: on a busy machine a device may wait long for another.
-            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices} "
-            "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+            "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
             **variables,
         }
         return subprocess.Popen(
@@ -159,3 +157,15 @@ def test_half_a_configuration_is_refused():
         UserError, match=r"parallel.coordinator is set, but parallel.num_processes, parallel.process_id"
     ):
         cluster.initialize(ParallelConfig(coordinator="127.0.0.1:1"))
+
+
+def test_a_failed_collective_is_explained_where_there_are_others(monkeypatch):
+    def fail():
+        with cluster.explained():
+            raise jax.errors.JaxRuntimeError("Connection closed by peer\nand more")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fail()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"lost each other \(Connection closed by peer\); .* with --resume"):
+        fail()

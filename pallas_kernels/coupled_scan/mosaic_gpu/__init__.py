@@ -45,6 +45,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.coupled_scan.types import Independent, Problem, ScanOutput
 from pallas_kernels.coupled_scan.varying import varying_axes
+from pallas_kernels.platform import too_old_gpu
 
 MAX_MODALITIES, MAX_STATES = 8, 128
 
@@ -85,7 +86,7 @@ def unsupported(problem: Problem, platform: str) -> str | None:
     """Why the kernels cannot solve a problem, or None if they can."""
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, the default device is a {platform}"
-    if why := _wrong_gpu():
+    if why := too_old_gpu(9.0, "Hopper"):
         return why
     if axes := varying_axes([leaf for leaf in jax.tree.leaves(problem) if isinstance(leaf, jax.Array)]):
         return f"inside jax.shard_map over {', '.join(sorted(axes))} it needs check_vma=False"
@@ -111,14 +112,3 @@ def _does_not_fit(p: Problem) -> str | None:
     except ValueError:
         return f"tiles of {plan.M} modalities and {plan.N} states in {plan.dtype} do not fit into shared memory"
     return None
-
-
-def _wrong_gpu() -> str | None:
-    device = jax.config.jax_default_device
-    device = device if hasattr(device, "compute_capability") else jax.devices("gpu")[0]
-    capability = getattr(device, "compute_capability", "unknown")
-    try:
-        hopper = float(capability) >= 9.0
-    except ValueError:
-        hopper = False
-    return None if hopper else f"it needs a Hopper GPU (compute capability 9.0) or newer, this one has {capability}"

@@ -22,6 +22,7 @@ import jax
 
 from pallas_kernels.coupled_scan.types import Problem, ScanOutput
 from pallas_kernels.coupled_scan.varying import varying_axes
+from pallas_kernels.platform import too_old_gpu
 
 MAX_MODALITIES, MAX_STATES = 8, 128
 
@@ -50,7 +51,7 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it needs {' and '.join(missing)}, which pip install 'cmamba-jax[triton]' brings"
     from pallas_kernels import _compat  # Imports Pallas, which takes a while.
 
-    if why := _wrong_gpu() or _compat.triton_refusal():
+    if why := too_old_gpu(8.0, "Ampere") or _compat.triton_refusal():
         return why
     if axes := varying_axes([leaf for leaf in jax.tree.leaves(problem) if isinstance(leaf, jax.Array)]):
         return f"inside jax.shard_map over {', '.join(sorted(axes))} it needs check_vma=False"
@@ -63,14 +64,3 @@ def limits(problem: Problem) -> str | None:
     if m > MAX_MODALITIES or n > MAX_STATES:
         return f"it takes up to {MAX_MODALITIES} modalities and {MAX_STATES} states, got M={m}, N={n}"
     return None
-
-
-def _wrong_gpu() -> str | None:
-    device = jax.config.jax_default_device
-    device = device if hasattr(device, "compute_capability") else jax.devices("gpu")[0]
-    capability = getattr(device, "compute_capability", "unknown")
-    try:
-        ampere = float(capability) >= 8.0
-    except ValueError:
-        ampere = False
-    return None if ampere else f"it needs an Ampere GPU (compute capability 8.0) or newer, this one has {capability}"
