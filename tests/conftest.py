@@ -15,9 +15,6 @@ os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 # Before the packages are imported for the first time.
 jaxtyping.install_import_hook(["cmamba_jax", "pallas_kernels"], "typecheck.check")
 
-# A script that chooses how Triton works in the whole process; looking for doctests would import it.
-collect_ignore = ["pallas_kernels/compile_triton.py"]
-
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden")

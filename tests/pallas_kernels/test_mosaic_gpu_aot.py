@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -11,11 +10,11 @@ import sys
 
 import pytest
 
+from cmamba_jax.bench import topology
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
 
-if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-    pytest.skip("nothing can be compiled for GPUs without JAX's plugin: pip install jax-cuda13-plugin jax-cuda13-pjrt",
-                allow_module_level=True)  # fmt: skip
+if not topology.gpu_available():
+    pytest.skip(topology.GPU_MISSING, allow_module_level=True)
 
 EVERYTHING = dict.fromkeys(("skip", "gate", "dt_bias", "mask", "reset", "initial_state"), True)
 # What the paper trains and a long sequence; then the other couplings, ragged sizes, several slabs of states, cut time.
