@@ -1,6 +1,6 @@
 """Builds the API reference from the docstrings: python tests/api_reference.py FOLDER. A warning is an error."""
 
-import importlib
+import importlib.util
 import pathlib
 import pkgutil
 import sys
@@ -27,6 +27,8 @@ def build(folder):
         # pdoc finds the modules of a package by itself, but of one with __all__ only those that it names.
         if hasattr(module, "__all__") and hasattr(module, "__path__"):
             names += [m.name for m in pkgutil.iter_modules(module.__path__, name + ".") if "__main__" not in m.name]
+    if importlib.util.find_spec("triton") is None:
+        names.append(r"!pallas_kernels\.coupled_scan\.triton_gpu\.")  # It is not imported without Triton.
     pdoc.pdoc(*names, output_directory=pathlib.Path(folder))
 
 
