@@ -22,13 +22,13 @@ def build(folder):
     warnings.filterwarnings("ignore", message=".*(VersionOrStr|ArrayTree)", module="pdoc")
     pdoc.render.configure(docformat="google", show_source=False, footer_text="cmamba_jax")
     names = ["cmamba_jax", "pallas_kernels"]
+    absent = {"__main__"} if importlib.util.find_spec("triton") else {"__main__", ".triton_gpu."}
     for name in names:
         module = importlib.import_module(name)
         # pdoc finds the modules of a package by itself, but of one with __all__ only those that it names.
         if hasattr(module, "__all__") and hasattr(module, "__path__"):
-            names += [m.name for m in pkgutil.iter_modules(module.__path__, name + ".") if "__main__" not in m.name]
-    if importlib.util.find_spec("triton") is None:
-        names.append(r"!pallas_kernels\.coupled_scan\.triton_gpu\.")  # It is not imported without Triton.
+            found = (m.name for m in pkgutil.iter_modules(module.__path__, name + "."))
+            names += [name for name in found if not any(part in name for part in absent)]
     pdoc.pdoc(*names, output_directory=pathlib.Path(folder))
 
 

@@ -24,6 +24,7 @@ from pallas_kernels.coupled_scan.types import Problem, ScanOutput
 from pallas_kernels.coupled_scan.varying import varying_axes
 from pallas_kernels.platform import too_old_gpu
 
+__all__ = ["limits", "scan", "unsupported"]
 MAX_MODALITIES, MAX_STATES = 8, 128
 
 
