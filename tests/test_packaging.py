@@ -1,6 +1,7 @@
 """The wheel, the API reference and the citation, as others meet them."""
 
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -45,7 +46,8 @@ def test_the_api_reference_is_built_without_warnings(tmp_path):
     for module in [*(ROOT / "cmamba_jax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")]:
         path = module.relative_to(ROOT).with_suffix(".html")
         path = path.parent.with_suffix(".html") if path.stem == "__init__" else path
-        assert str(path) in pages or path.stem == "__main__"
+        absent = path.parent.name == "triton_gpu" and importlib.util.find_spec("triton") is None
+        assert (str(path) in pages) == (path.stem != "__main__" and not absent)
 
 
 def test_the_citation_names_this_version():
