@@ -93,8 +93,8 @@ def main(args: list[str]) -> None:
         args: words after ``tpu-static``.
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench tpu-static")
-    head = records.describe("tpu_static", ["bench", "tpu-static", *args])
-    report = head | {"libtpu": importlib.metadata.version("libtpu")} | measure(options.case, options.chip)
+    report = measure(options.case, options.chip)
+    report = records.describe("tpu_static", ["bench", "tpu-static", *args]) | report
     records.save(report, options.output)
     print(json.dumps(report, indent=2) if options.json else _table(report))
 
@@ -103,7 +103,7 @@ def measure(case_name: str, chip: str) -> dict[str, Any]:
     """Compiles the kernels and the baselines and reads the compiler's schedules.
 
     Returns:
-        "chip", "case", and "results": records with "name", "bundles_per_step", "vector_floor", "exp_floor",
+        "libtpu", its version; "chip", "case", and "results": records with "name", "bundles_per_step", "vector_floor", "exp_floor",
         "predicted_ms" and "memory_ms" (None where there is no such figure), and "loops" with the raw counts.
 
     Raises:
@@ -129,7 +129,7 @@ def measure(case_name: str, chip: str) -> dict[str, Any]:
                 results.append({"name": f"loop {job.width}"} | _figures(loops, {"walk": job.width // _LANES}))
             else:
                 results += _kernel_records(case, chip, pathlib.Path(folder))
-    return {"chip": chip, "case": case_name, "results": results}
+    return {"libtpu": importlib.metadata.version("libtpu"), "chip": chip, "case": case_name, "results": results}
 
 
 def read_schedule(folder: pathlib.Path, kernel: str) -> Schedule:
