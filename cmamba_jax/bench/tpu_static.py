@@ -103,8 +103,8 @@ def measure(case_name: str, chip: str) -> dict[str, Any]:
     """Compiles the kernels and the baselines and reads the compiler's schedules.
 
     Returns:
-        "libtpu", its version; "chip", "case", and "results": records with "name", "bundles_per_step", "vector_floor", "exp_floor",
-        "predicted_ms" and "memory_ms" (None where there is no such figure), and "loops" with the raw counts.
+        "libtpu", its version; "chip", "case", and "results": records with "name", "bundles_per_step", "vector_floor",
+        "exp_floor", "predicted_ms" and "memory_ms" (None where there is no such figure), and "loops" with the raw counts.
 
     Raises:
         UserError: libtpu is not installed, or something does not compile.
