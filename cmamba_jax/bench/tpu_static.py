@@ -104,7 +104,7 @@ def measure(case_name: str, chip: str) -> dict[str, Any]:
 
     Returns:
         "libtpu", its version; "chip", "case", and "results": records with "name", "bundles_per_step", "vector_floor",
-        "exp_floor", "predicted_ms" and "memory_ms" (None where there is no such figure), and "loops" with the raw counts.
+        "exp_floor", "predicted_ms" and "memory_ms" (None where there is no such figure), and "loops" with the counts.
 
     Raises:
         UserError: libtpu is not installed, or something does not compile.
