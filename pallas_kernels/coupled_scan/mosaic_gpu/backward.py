@@ -65,6 +65,7 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     return scratch
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "chunk"))
 def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.Array]:
     """Gradients.
 

@@ -77,6 +77,7 @@ def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     return result
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "chunk", "save"))
 def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) -> dict[str, jax.Array]:
     """y, the final state, and the states entering every `save` steps.
 
