@@ -1,13 +1,8 @@
 """`cmamba bench scan --device-table`: the scan on this accelerator against its limits and against other scans."""
 
-import contextlib
 import dataclasses
-import fcntl
 import pathlib
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +10,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from cmamba_jax.bench import peers
+from cmamba_jax.bench.timing import median_seconds
 from cmamba_jax.bench.tpu_compile import abstract_inputs
 from cmamba_jax.errors import UserError
 from cmamba_jax.results import records
@@ -152,22 +148,7 @@ def _bandwidth() -> float:
 
 
 def _median_ms(function: Callable[[int], None], repeats: int) -> float:
-    with _alone():
-        function(1)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            function(CALLS)
-            times.append(1e3 * (time.perf_counter() - start) / CALLS)
-    return statistics.median(times)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Keeps several benchmarks that run at once from timing at once."""
-    with open(pathlib.Path(tempfile.gettempdir()) / "cmamba-bench.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return 1e3 * median_seconds(function, calls=CALLS, repeats=repeats)
 
 
 def _table(report: dict[str, Any], names: Sequence[str]) -> str:

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import time
 from typing import Any, Literal
 
 import jax
@@ -27,6 +26,7 @@ from flax import nnx
 
 from cmamba_jax.batch import Batch
 from cmamba_jax.bench.collectives import Collective, read_collectives
+from cmamba_jax.bench.timing import median_seconds
 from cmamba_jax.config import ExperimentConfig, ModelConfig, ParallelConfig, PipelineConfig, TaskConfig
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
@@ -34,6 +34,8 @@ from cmamba_jax.results import records
 from cmamba_jax.train import optimizer, parallel, state
 from cmamba_jax.train.objective import make_loss_sum
 
+REPEATS = 5
+"""Timed runs."""
 FARTHEST = 256
 """Devices that the prediction goes to."""
 _FEATURES = {"text": 768, "audio": 74, "vision": 35}
@@ -62,8 +64,8 @@ class Options:
     """None: 3 for mosei, 2 for long."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "layer", "dots"] = "none"
-    steps: int = 20
-    """Timed steps."""
+    steps: int = 5
+    """Steps of a timed run, of which there are five; the median counts."""
     bandwidth: float = 300.0
     """GB/s that a device sends to others of its host, for the prediction (an H100's NVLink: at most 450)."""
     network: float = 50.0
@@ -163,16 +165,19 @@ def _measure(
     compiled = step.lower(train_state, batch).compile()
     memory = compiled.memory_analysis()
     collectives = read_collectives(compiled.as_text())
-    for _ in range(2):
-        train_state, metrics = compiled(train_state, batch)
-    jax.block_until_ready((train_state, metrics))
-    start = time.perf_counter()
-    for _ in range(steps):
-        train_state, metrics = compiled(train_state, batch)
-    jax.block_until_ready((train_state, metrics))
-    seconds = (time.perf_counter() - start) / steps
-    if not math.isfinite(float(metrics.loss)):
-        raise UserError(f"the loss on {n} devices is {float(metrics.loss)}: nothing worth measuring")
+    if axis != "pmap":  # one device alone would take the batch from the host at every step
+        batch = jax.device_put(batch, compiled.input_shardings[0][1])
+    loss = math.nan
+
+    def train(count: int) -> None:
+        nonlocal train_state, loss
+        for _ in range(count):
+            train_state, metrics = compiled(train_state, batch)
+        loss = float(jax.block_until_ready(metrics).loss)
+
+    seconds = median_seconds(train, calls=steps, repeats=REPEATS)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss on {n} devices is {loss}: nothing worth measuring")
     kinds = sorted({c.kind for c in collectives})
     return {
         "steps_per_second": 1 / seconds,
