@@ -107,7 +107,7 @@ def _does_not_fit(p: Problem) -> str | None:
 
     plan = Plan.of(p)
     try:
-        forward.choose_tiling(plan, forward.scratch, ((4, 4),))
+        forward.choose_tiling(plan.forward(), forward.scratch, ((4, 4),))
         backward.choose_tiling(plan)
     except ValueError:
         return f"tiles of {plan.M} modalities and {plan.N} states in {plan.dtype} do not fit into shared memory"

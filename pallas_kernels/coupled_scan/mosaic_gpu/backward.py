@@ -18,16 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
-    CHANNELS,
-    F32,
-    LANES,
-    ROWS,
-    SLAB,
-    Plan,
-    projection_layout,
-    rows_layout,
-)
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, THREADS, Plan, projection_layout
 from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
@@ -37,10 +28,11 @@ LN2 = 0.6931471805599453
 
 
 def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
-    m, smem = plan.M, jax.ShapeDtypeStruct
-    large = (fw.STAGES, m, steps, CHANNELS)
+    m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
+    channels = threads.channels
+    large = (fw.STAGES, m, steps, channels)
     projections = smem((fw.STAGES, m, steps, plan.slabs, SLAB), plan.dtype)
-    parts = smem((part, m, LANES, CHANNELS + fw.PAD), F32)
+    parts = smem((part, m, threads.lanes, threads.padded), F32)
     scratch = {
         "x": smem(large, plan.dtype),
         "dt": smem(large, plan.dtype),
@@ -48,10 +40,10 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "B": projections,
         "C": projections,
         "projections": smem((steps, 2 * m, SLAB), F32),
-        "step": smem((steps, m, CHANNELS), F32),
-        "u": smem((steps, m, CHANNELS), F32),
-        "ybar": smem((steps, m, CHANNELS), F32),
-        "history": smem((steps, plan.S, ROWS // 4, LANES * CHANNELS, 4), F32),
+        "step": smem((steps, m, channels), F32),
+        "u": smem((steps, m, channels), F32),
+        "ybar": smem((steps, m, channels), F32),
+        "history": smem((steps, plan.S, threads.rows // 4, THREADS, 4), F32),
         "d_exponent": parts,
         "d_u": parts,
         "sums": smem((part, m, 4, 2, SLAB), F32),
@@ -61,7 +53,7 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     if plan.flagged:
         scratch["flags"] = smem((fw.STAGES, steps, plan.flags), F32)
     if plan.slabs > 1:
-        scratch["carry"] = smem((plan.slabs, plan.S, ROWS, LANES, CHANNELS), F32)
+        scratch["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return scratch
 
 
@@ -72,20 +64,20 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
     Args:
         plan: the plan.
         arrays: see `vjp.prepare`; "saved" as `forward.run` returns it, "adjoint" holds what enters each chunk from
-            its end, [chunks, S, B, slabs, ROWS, LANES, D'].
+            its end, [chunks, S, B, slabs, SLAB, D'].
         chunk: steps a chunk.
 
     Returns:
         "dx", "ddt", "dz" [M, B, L, D]; for each channel group "dprojections" [groups, B, L', 2 M, slabs, SLAB] (B and
-        C by turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, ROWS, LANES, D'], "drows"
-        [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, LANES, D'];
-        "dstate" [chunks, S, B, slabs, ROWS, LANES, D'], the adjoint that leaves a chunk at its start.
+        C by turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, SLAB, D'], "drows"
+        [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, lanes, D'];
+        "dstate" [chunks, S, B, slabs, SLAB, D'], the adjoint that leaves a chunk at its start.
     """
     tiling = steps, part = choose_tiling(plan)
     chunks, *state = arrays["adjoint"].shape
     padded = state[-1]
     large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype)
-    parameters = (chunks, plan.B, plan.M, plan.slabs, ROWS, LANES, padded)
+    parameters = (chunks, plan.B, plan.M, plan.slabs, SLAB, padded)
     out = {
         "dx": large,
         "ddt": large,
@@ -102,7 +94,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
     if plan.coupling == "shared":
         out["dgain"] = jax.ShapeDtypeStruct(parameters, F32)
     if plan.coupling == "full":
-        out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, LANES, padded), F32)
+        out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, plan.threads.lanes, padded), F32)
     body = functools.partial(_walk, plan, tiling, chunk)
     return fw.launch(plan, "coupled_scan_backward", body, arrays, out, _scratch, tiling, chunks)
 
@@ -115,7 +107,7 @@ def choose_tiling(plan: Plan) -> tuple[int, int]:
 def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
     m_range, (steps, part) = range(plan.M), tiling
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns = fw.my_columns()
+    columns, i_range, threads = fw.my_columns(plan), range(plan.threads.rows), plan.threads
     first = c * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + steps - 1) // steps
@@ -151,9 +143,9 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         results = []
         for m in m_range:
             here = fw.present(plan, scr, slot, m, steps)
-            ybar = tl.keep(here, tl.load_rows(scr["dy"].at[slot, m], steps))
+            ybar = tl.keep(here, tl.load_rows(plan, scr["dy"].at[slot, m], steps))
             if plan.gate:
-                z = tl.keep(here, tl.load_rows(scr["z"].at[slot, m], steps))
+                z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], steps))
                 ybar = ybar * (z * tl.sigmoid(plan, z))
             results.append(ybar)
         for m, ybar in enumerate(results):
@@ -188,8 +180,8 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
             entering = tl.reset_state(plan, scr, slot, t, state)
             if note:
                 for s in range(plan.S):
-                    tl.save_thread(scr["history"].at[t, s], entering[s], plan.interpret)
-            after = tl.advance(plan, constants, entering, fw.spread_step(loaded))[1]
+                    tl.save_thread(plan, scr["history"].at[t, s], entering[s])
+            after = tl.advance(plan, constants, entering, fw.spread_step(plan, loaded))[1]
             return tl.hold_state(plan, scr, slot, t, entering, after), following
 
         return fw.walk_steps(count, min(4, steps), step, (state, fw.load_step(plan, scr, 0, C=False)))[0]
@@ -198,9 +190,9 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         slot: Any, slab: Any, constants: tl.Constants, t: Any, row: Any, adjoint: State, sums: dict
     ) -> tuple:
         """Step t backwards; `adjoint` is the gradient of the state after it."""
-        now = fw.spread_step(fw.load_step(plan, scr, t))
-        ybar = [tl.load_channels(scr["ybar"].at[t, m]) for m in m_range]
-        before = [tl.load_thread(scr["history"].at[t, s], plan.interpret) for s in range(plan.S)]
+        now = fw.spread_step(plan, fw.load_step(plan, scr, t))
+        ybar = [tl.spread_channels(plan, tl.load_channels(plan, scr["ybar"].at[t, m])) for m in m_range]
+        before = [tl.load_thread(plan, scr["history"].at[t, s]) for s in range(plan.S)]
         passed = adjoint
         if plan.masked and plan.coupling != "independent":
             idle = scr["flags"][slot, t, plan.M]
@@ -208,20 +200,20 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 tl.map_state(lambda v: v * idle, adjoint),
                 tl.map_state(lambda v: v * (1.0 - idle), adjoint),
             )
-        decays = [[constants.decay(m, i, now[m][0]) for i in range(ROWS)] for m in m_range]
-        entering = [[constants.entering(m, i, before) for i in range(ROWS)] for m in m_range]
-        h = [[decays[m][i] * entering[m][i] + now[m][1] * now[m][2][i] for i in range(ROWS)] for m in m_range]
-        read, ybar_C = h, [[ybar[m] * now[m][3][i] for i in range(ROWS)] for m in m_range]
+        decays = [[constants.decay(m, i, now[m][0]) for i in i_range] for m in m_range]
+        entering = [[constants.entering(m, i, before) for i in i_range] for m in m_range]
+        h = [[decays[m][i] * entering[m][i] + now[m][1] * now[m][2][i] for i in i_range] for m in m_range]
+        read, ybar_C = h, [[ybar[m] * now[m][3][i] for i in i_range] for m in m_range]
         if plan.readout == "shared":
-            read = [[tl.total([h[m][i] for m in m_range]) for i in range(ROWS)]] * plan.M
-            ybar_C = [[tl.total([ybar_C[m][i] for m in m_range]) for i in range(ROWS)]] * plan.M
+            read = [[tl.total([h[m][i] for m in m_range]) for i in i_range]] * plan.M
+            ybar_C = [[tl.total([ybar_C[m][i] for m in m_range]) for i in i_range]] * plan.M
         results, flows = [], []
         for m in m_range:
             dt, u, B, C = now[m]
             chain = adjoint[0 if plan.coupling == "shared" else m]
             d_exponent = d_u = y = None
             products_B, products_C, flow = [], [], []
-            for i in range(ROWS):
+            for i in i_range:
                 d_h = ybar_C[m][i] + chain[i]
                 through = decays[m][i] * d_h
                 flow.append(through)
@@ -237,18 +229,17 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 products_C.append(ybar[m] * read[m][i])
             flows.append(flow)
             results.append((d_exponent, d_u, y))
-            exact = plan.dtype != jnp.bfloat16
-            tl.sum_channels(products_B + products_C, scr["sums"].at[row, m], plan.interpret, exact)
+            tl.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
         if plan.coupling == "full":
             for m in m_range:
                 for j in m_range:
                     pairs = zip(flows[m], before[j], strict=True)
                     sums["dweights"][m][j] = sums["dweights"][m][j] + tl.total([f * v for f, v in pairs])
         if plan.coupling == "shared":
-            adjoint = [[tl.total([flows[m][i] for m in m_range]) for i in range(ROWS)]]
+            adjoint = [[tl.total([flows[m][i] for m in m_range]) for i in i_range]]
         elif plan.coupling == "full":
             weights = constants.weights
-            adjoint = [[tl.total([weights[m][j] * flows[m][i] for m in m_range]) for i in range(ROWS)] for j in m_range]
+            adjoint = [[tl.total([weights[m][j] * flows[m][i] for m in m_range]) for i in i_range] for j in m_range]
         else:
             adjoint = flows
         if passed is not None and plan.masked and plan.coupling != "independent":
@@ -256,40 +247,37 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         for m, values in enumerate(results):
             for name, value in zip(("d_exponent", "d_u", "y"), values, strict=True):
                 if name in scr:
-                    tl.add_slab(plan, scr[name].at[row, m, :, pl.ds(0, CHANNELS)], value, slab)
+                    tl.add_slab(plan, scr[name].at[row, m, :, pl.ds(0, threads.channels)], value, slab)
         return tl.reset_state(plan, scr, slot, t, adjoint), sums
 
     def finish(slot: Any, start: Any, offset: int, valid: Any, rows: list) -> list:
         """Results of `part` steps from `offset` of the tile on, in place of the tile's inputs; `rows`: running sums."""
         window = pl.ds(offset, part)
-        lives = layout_cast(lax.broadcasted_iota(jnp.int32, (part, CHANNELS), 0), rows_layout(part)) + offset < valid
+        index = lax.broadcasted_iota(jnp.int32, (part, threads.channels), 0)
+        lives = layout_cast(index, threads.over_steps(part)) + offset < valid
         results, new_rows = [], []
         for m in m_range:
-            columns_of = lambda name, m=m: tl.load_rows(scr[name].at[slot, m, window], part)  # noqa: E731
+            columns_of = lambda name, m=m: tl.load_rows(plan, scr[name].at[slot, m, window], part)  # noqa: E731
             here = None
             if plan.masked:
-                here = tl.over_channels(scr["flags"].at[slot, window, m], part)
-            sums = {
-                name: tl.total([tl.load_rows(scr[name].at[:, m, k, pl.ds(0, CHANNELS)], part) for k in range(LANES)])
-                for name in ("d_exponent", "d_u", "y")
-                if name in scr
-            }
+                here = tl.over_channels(plan, scr["flags"].at[slot, window, m], part)
+            sums = {name: tl.load_parts(plan, scr[name], m, part) for name in ("d_exponent", "d_u", "y") if name in scr}
             x, dy = tl.keep(here, columns_of("x")), tl.keep(here, columns_of("dy"))
-            dt, ybar = (tl.load_rows(scr[name].at[window, m], part) for name in ("step", "ybar"))
+            dt, ybar = (tl.load_rows(plan, scr[name].at[window, m], part) for name in ("step", "ybar"))
             d_dt = sums["d_exponent"] * LN2 + sums["d_u"] * x
             if plan.dt_softplus:
-                raw = tl.keep(here, columns_of("dt")) + tl.over_steps(inp["dt_bias"].at[m, columns], part)
+                raw = tl.keep(here, columns_of("dt")) + tl.over_steps(plan, inp["dt_bias"].at[m, columns], part)
                 d_dt = d_dt * tl.sigmoid(plan, raw)
             d_dt = tl.keep(here, d_dt)
             d_x = sums["d_u"] * dt
             if plan.skip:
-                d_x = d_x + tl.over_steps(inp["skip"].at[m, columns], part) * ybar
+                d_x = d_x + tl.over_steps(plan, inp["skip"].at[m, columns], part) * ybar
             result = {"dx": tl.keep(here, d_x), "ddt": d_dt}
             if plan.gate:
                 z = tl.keep(here, columns_of("z"))
                 y = sums["y"]
                 if plan.skip:
-                    y = y + tl.over_steps(inp["skip"].at[m, columns], part) * x
+                    y = y + tl.over_steps(plan, inp["skip"].at[m, columns], part) * x
                 s = tl.sigmoid(plan, z)
                 result["dz"] = dy * y * (s + z * s * (1.0 - s))
             results.append({name: value.astype(plan.dtype) for name, value in result.items()})
@@ -387,7 +375,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
             0, count, lambda k, carry: backward_item(s, count - 1 - k, item + count - 1 + k, carry), carry
         )
 
-    zero_rows = layout_cast(jnp.zeros((part, CHANNELS), F32), rows_layout(part))
+    zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
     rows = [(zero_rows, zero_rows) for _ in m_range]
     constants = None
     if plan.slabs == 1:

@@ -14,17 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, SLAB, STATE, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STEPS = 8
 
 
 def entering(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> jax.Array:
-    """The state entering each chunk, [chunks, S, B, slabs, ROWS, LANES, D'], from the initial one in `arrays`."""
+    """The state entering each chunk, [chunks, S, B, slabs, SLAB, D'], from the initial one in `arrays`."""
     count = -(-plan.L // chunk)
     states = [arrays["state"]]
     if count > 1:
@@ -52,18 +51,18 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """P and R of the first `count` chunks (`reverse`: of all but the first)."""
     m, smem = plan.M, jax.ShapeDtypeStruct
-    large = smem((fw.STAGES, m, STEPS, CHANNELS), plan.dtype)
+    large = smem((fw.STAGES, m, STEPS, plan.threads.channels), plan.dtype)
     projection = "C" if reverse else "B"
     scratch = {name: large for name in ("x", "dt", "z", "dy") if name in arrays}
     scratch |= {
         projection: smem((fw.STAGES, m, STEPS, plan.slabs, SLAB), plan.dtype),
         "projections": smem((STEPS, 2 * m, SLAB), F32),
-        "step": smem((STEPS, m, CHANNELS), F32),
-        "u": smem((STEPS, m, CHANNELS), F32),
+        "step": smem((STEPS, m, plan.threads.channels), F32),
+        "u": smem((STEPS, m, plan.threads.channels), F32),
     }
     if plan.flagged:
         scratch["flags"] = smem((fw.STAGES, STEPS, plan.flags), F32)
-    shape = (count, plan.S, plan.B, plan.slabs, ROWS, LANES, plan.padded)
+    shape = (count, plan.S, plan.B, plan.slabs, SLAB, plan.padded)
     out = {"product": jax.ShapeDtypeStruct(shape, F32), "rest": jax.ShapeDtypeStruct(shape, F32)}
     body = functools.partial(_summarise, plan, chunk, reverse)
     name = "coupled_scan_adjoint_summary" if reverse else "coupled_scan_summary"
@@ -76,11 +75,10 @@ def _run(
 def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr: Refs) -> None:
     b = lax.axis_index("sample")
     c, slab = lax.axis_index("chunk") // plan.slabs, lax.rem(lax.axis_index("chunk"), plan.slabs)
-    columns = fw.my_columns()
+    columns, rows = fw.my_columns(plan), range(plan.threads.rows)
     first = (c + 1 if reverse else c) * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + STEPS - 1) // STEPS
-    row = 1 if reverse else 0
 
     def start(n: Any) -> Any:
         return first + (tiles - 1 - n if reverse else n) * STEPS
@@ -99,26 +97,19 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
         results = []
         for m in range(plan.M):
             here = fw.present(plan, scr, slot, m, STEPS)
-            bias = tl.over_steps(inp["dt_bias"].at[m, columns], STEPS)
-            ybar = tl.keep(here, tl.load_rows(scr["dy"].at[slot, m], STEPS))
+            bias = tl.over_steps(plan, inp["dt_bias"].at[m, columns], STEPS)
+            ybar = tl.keep(here, tl.load_rows(plan, scr["dy"].at[slot, m], STEPS))
             if plan.gate:
-                z = tl.keep(here, tl.load_rows(scr["z"].at[slot, m], STEPS))
+                z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], STEPS))
                 ybar = ybar * (z * tl.sigmoid(plan, z))
-            results.append((tl.step_size(plan, tl.load_rows(scr["dt"].at[slot, m], STEPS), bias, here), ybar))
+            results.append((tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], STEPS), bias, here), ybar))
         for m, (dt, ybar) in enumerate(results):
             tl.store(scr["step"].at[:, m, :], dt)
             tl.store(scr["u"].at[:, m, :], ybar)
         return None
 
     def load_step(t: Any) -> list[tuple]:
-        return [
-            (
-                tl.load(scr["step"].at[t, m], STATE.reduce(0)),
-                tl.load(scr["u"].at[t, m], STATE.reduce(0)),
-                [tl.load_projection(plan, scr["projections"].at[t, 2 * m + row], i) for i in range(ROWS)],
-            )
-            for m in range(plan.M)
-        ]
+        return fw.load_step(plan, scr, t, B=not reverse, C=reverse)
 
     constants = tl.Constants(plan, inp, slab, columns)
 
@@ -129,17 +120,15 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
             product, rest, loaded = carry
             t = here - 1 - r if reverse else r
             following = load_step(jnp.clip(t - 1 if reverse else t + 1, 0, STEPS - 1))
-            now = fw.spread_step(loaded)
-            decays = [[constants.decay(m, i, now[m][0]) for i in range(ROWS)] for m in range(plan.M)]
-            added = [[now[m][1] * now[m][2][i] for i in range(ROWS)] for m in range(plan.M)]
+            now = [(dt, u, C if reverse else B) for dt, u, B, C in fw.spread_step(plan, loaded)]
+            decays = [[constants.decay(m, i, now[m][0]) for i in rows] for m in range(plan.M)]
+            added = [[now[m][1] * now[m][2][i] for i in rows] for m in range(plan.M)]
             if reverse:
                 if plan.readout == "shared":
-                    added = [[tl.total([added[m][i] for m in range(plan.M)]) for i in range(ROWS)]] * plan.M
-                added = [[decays[m][i] * added[m][i] for i in range(ROWS)] for m in range(plan.M)]
+                    added = [[tl.total([added[m][i] for m in range(plan.M)]) for i in rows]] * plan.M
+                added = [[decays[m][i] * added[m][i] for i in rows] for m in range(plan.M)]
             if plan.coupling == "shared":
-                decays, added = (
-                    [[tl.total([v[m][i] for m in range(plan.M)]) for i in range(ROWS)]] for v in (decays, added)
-                )
+                decays, added = ([[tl.total([v[m][i] for m in range(plan.M)]) for i in rows]] for v in (decays, added))
             if not reverse:
                 product, rest = (tl.reset_state(plan, scr, slot, t, v) for v in (product, rest))
             new_product = tl.map_state(jnp.multiply, decays, product)
@@ -165,9 +154,7 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
         fetch_tile(n + fw.STAGES)
         return state
 
-    one = layout_cast(jnp.ones((LANES, CHANNELS), F32), STATE)
-    zero = layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
-    initial = ([[one] * ROWS for _ in range(plan.S)], [[zero] * ROWS for _ in range(plan.S)])
+    initial = tuple([[tl.fill(plan, v)] * len(rows) for _ in range(plan.S)] for v in (1.0, 0.0))
     product, rest = lax.fori_loop(0, tiles, tile, initial)
     fw.store_state(plan, out["product"].at[c, :, b, slab], product, columns)
     fw.store_state(plan, out["rest"].at[c, :, b, slab], rest, columns)

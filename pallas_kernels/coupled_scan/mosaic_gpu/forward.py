@@ -17,21 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import interpreted
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
-    CHANNELS,
-    F32,
-    LANES,
-    ROWS,
-    SHARED_MEMORY,
-    SLAB,
-    STATE,
-    Plan,
-)
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SHARED_MEMORY, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STAGES = 2
-PAD = 16
-"""Floats between the rows of partial sums, so that all LANES write to shared memory without bank conflicts."""
+STATES = {"gain": -1} | dict.fromkeys(
+    ("A", "state", "saved", "final", "adjoint", "dA", "dgain", "dstate", "entries", "product", "rest"), -2
+)
+"""The axis of SLAB states of the arrays that have one; the kernels see it as two, [lanes, rows]."""
 
 
 def choose_tiling(
@@ -55,25 +48,26 @@ def _bytes(ref: Any) -> int:
 def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     """What the kernel keeps in shared memory."""
     del part
-    m, smem = plan.M, jax.ShapeDtypeStruct
-    large = (STAGES, m, steps, CHANNELS)
+    m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
+    channels = threads.channels
+    large = (STAGES, m, steps, channels)
     result = {
         "x": smem(large, plan.dtype),
         "dt": smem(large, plan.dtype),
         "B": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
         "C": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
         "projections": smem((steps, 2 * m, SLAB), F32),
-        "step": smem((steps, m, CHANNELS), F32),
-        "u": smem((steps, m, CHANNELS), F32),
-        "parts": smem((steps, m, LANES, CHANNELS + PAD), F32),
-        "out": smem((m, steps, CHANNELS), plan.dtype),
+        "step": smem((steps, m, channels), F32),
+        "u": smem((steps, m, channels), F32),
+        "parts": smem((steps, m, threads.lanes, threads.padded), F32),
+        "out": smem((m, steps, channels), plan.dtype),
     }
     if plan.gate:
         result["z"] = smem(large, plan.dtype)
     if plan.flagged:
         result["flags"] = smem((STAGES, steps, plan.flags), F32)
     if plan.slabs > 1:
-        result["carry"] = smem((plan.slabs, plan.S, ROWS, LANES, CHANNELS), F32)
+        result["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return result
 
 
@@ -88,7 +82,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
         save: steps between saved states; None: save nothing.
 
     Returns:
-        "y" [M, B, L, D], "final" [S, B, slabs, ROWS, LANES, D'], and "saved" [L / save, S, B, ...] if asked for.
+        "y" [M, B, L, D], "final" [S, B, slabs, SLAB, D'], and "saved" [L / save, S, B, ...] if asked for.
     """
     state = arrays["state"].shape[1:]
     out = {
@@ -128,6 +122,9 @@ def launch(
         The outputs by name.
     """
     names, shared = [*arrays, *out], shared_memory(plan, *tiling)
+    split = (plan.threads.lanes, plan.threads.rows)
+    arrays = {k: _reshape(v, k, split) for k, v in arrays.items()}
+    types = {k: jax.ShapeDtypeStruct(_split(v.shape, k, split), v.dtype) for k, v in out.items()}
     copies = sum(key in shared for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
@@ -137,7 +134,7 @@ def launch(
 
     call = plgpu.kernel(
         kernel,
-        out_type=tuple(out.values()),
+        out_type=tuple(types.values()),
         scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
         | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)},
         grid=(plan.groups, plan.B, chunks),
@@ -150,12 +147,24 @@ def launch(
         kernel_name=name,
         interpret=plan.interpret,
     )
-    return dict(zip(out, call(*arrays.values()), strict=True))
+    results = call(*arrays.values())
+    return {k: v.reshape(out[k].shape) for k, v in zip(out, results, strict=True)}
 
 
-def my_columns() -> Any:
+def _split(shape: tuple[int, ...], name: str, split: tuple[int, int]) -> tuple[int, ...]:
+    if name not in STATES:
+        return shape
+    axis = len(shape) + STATES[name]
+    return (*shape[:axis], *split, *shape[axis + 1 :])
+
+
+def _reshape(values: jax.Array, name: str, split: tuple[int, int]) -> jax.Array:
+    return values.reshape(_split(values.shape, name, split))
+
+
+def my_columns(plan: Plan) -> Any:
     """The channels of this block."""
-    return pl.ds(lax.axis_index("group") * CHANNELS, CHANNELS)
+    return pl.ds(lax.axis_index("group") * plan.threads.channels, plan.threads.channels)
 
 
 def fetch(plan: Plan, inp: Refs, scr: Refs, columns: Any, start: Any, slot: Any, steps: int) -> None:
@@ -173,8 +182,8 @@ def fetch(plan: Plan, inp: Refs, scr: Refs, columns: Any, start: Any, slot: Any,
 
 
 def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array | None:
-    """Where modality m is present, [steps, CHANNELS], or None without masks."""
-    return tl.over_channels(scr["flags"].at[slot, :, m], steps) if plan.masked else None
+    """Where modality m is present, [steps, channels], or None without masks."""
+    return tl.over_channels(plan, scr["flags"].at[slot, :, m], steps) if plan.masked else None
 
 
 def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int) -> None:
@@ -182,38 +191,34 @@ def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, ste
     out = []
     for m in range(plan.M):
         here = present(plan, scr, slot, m, steps)
-        bias = tl.over_steps(inp["dt_bias"].at[m, columns], steps)
-        dt = tl.step_size(plan, tl.load_rows(scr["dt"].at[slot, m], steps), bias, here)
-        out.append((dt, dt * tl.keep(here, tl.load_rows(scr["x"].at[slot, m], steps))))
+        bias = tl.over_steps(plan, inp["dt_bias"].at[m, columns], steps)
+        dt = tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], steps), bias, here)
+        out.append((dt, dt * tl.keep(here, tl.load_rows(plan, scr["x"].at[slot, m], steps))))
     for m, (dt, u) in enumerate(out):
         tl.store(scr["step"].at[:, m, :], dt)
         tl.store(scr["u"].at[:, m, :], u)
 
 
-def load_step(plan: Plan, scr: Refs, t: Any, *, C: bool = True) -> list[tuple]:
-    """dt, u, B and C of one step, before they are spread."""
-    rows = range(ROWS)
+def load_step(plan: Plan, scr: Refs, t: Any, *, B: bool = True, C: bool = True) -> list[tuple]:
+    """dt and u of one step, before they are spread, and B and C."""
 
     def projection(row: int) -> list[jax.Array]:
-        return [tl.load_projection(plan, scr["projections"].at[t, row], i) for i in rows]
+        return tl.load_projection(plan, scr["projections"].at[t, row])
 
     return [
         (
-            tl.load(scr["step"].at[t, m], STATE.reduce(0)),
-            tl.load(scr["u"].at[t, m], STATE.reduce(0)),
-            projection(2 * m),
+            tl.load_channels(plan, scr["step"].at[t, m]),
+            tl.load_channels(plan, scr["u"].at[t, m]),
+            projection(2 * m) if B else [],
             projection(2 * m + 1) if C else [],
         )
         for m in range(plan.M)
     ]
 
 
-def spread_step(now: list[tuple]) -> list[tuple]:
-    """What `load_step` returns, as [LANES, CHANNELS]."""
-    return [
-        (tl.spread_channels(dt), tl.spread_channels(u), *([tl.spread_states(v) for v in values] for values in rest))
-        for dt, u, *rest in now
-    ]
+def spread_step(plan: Plan, now: list[tuple]) -> list[tuple]:
+    """What `load_step` returns, all as [lanes, channels]."""
+    return [(tl.spread_channels(plan, dt), tl.spread_channels(plan, u), *rest) for dt, u, *rest in now]
 
 
 def walk_steps(steps: Any, unroll: int, step: Callable, carry: Any) -> Any:
@@ -232,22 +237,23 @@ def walk_steps(steps: Any, unroll: int, step: Callable, carry: Any) -> Any:
 
 
 def load_state(plan: Plan, ref: Any, *, columns: Any = None) -> State:
-    """[S, ROWS, LANES, channels] -> a state."""
-    columns = pl.ds(0, CHANNELS) if columns is None else columns
-    return [[tl.load(ref.at[s, i, :, columns], STATE) for i in range(ROWS)] for s in range(plan.S)]
+    """[S, lanes, rows, channels] -> a state."""
+    threads = plan.threads
+    columns = pl.ds(0, threads.channels) if columns is None else columns
+    return [[tl.load(ref.at[s, :, i, columns], threads.layout) for i in range(threads.rows)] for s in range(plan.S)]
 
 
 def store_state(plan: Plan, ref: Any, state: State, columns: Any = None) -> None:
     """The inverse of `load_state`; each thread writes what it would read."""
-    columns = pl.ds(0, CHANNELS) if columns is None else columns
+    columns = pl.ds(0, plan.threads.channels) if columns is None else columns
     for s in range(plan.S):
-        for i in range(ROWS):
-            tl.store(ref.at[s, i, :, columns], state[s][i])
+        for i, values in enumerate(state[s]):
+            tl.store(ref.at[s, :, i, columns], values)
 
 
 def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: Refs, scr: Refs) -> None:
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns = my_columns()
+    columns, rows = my_columns(plan), range(plan.threads.rows)
     first = c * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + steps - 1) // steps
@@ -275,17 +281,17 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             # The loads of the next step come before the stores of this one: the compiler cannot know that they never
             # meet, and would not move them up.
             following = load_step(plan, scr, jnp.minimum(t + 1, steps - 1))
-            now = spread_step(loaded)
+            now = spread_step(plan, loaded)
             entering = tl.reset_state(plan, scr, slot, t, state)
             h, after = tl.advance(plan, constants, entering, now)
             after = tl.hold_state(plan, scr, slot, t, entering, after)
             read = h
             if plan.readout == "shared":
-                summed = [tl.total([h[m][i] for m in range(plan.M)]) for i in range(ROWS)]
+                summed = [tl.total([h[m][i] for m in range(plan.M)]) for i in rows]
                 read = [summed] * plan.M
             sums = [tl.total([C * r for C, r in zip(now[m][3], read[m], strict=True)]) for m in range(plan.M)]
             for m in range(plan.M):
-                tl.add_slab(plan, scr["parts"].at[t, m, :, pl.ds(0, CHANNELS)], sums[m], slab)
+                tl.add_slab(plan, scr["parts"].at[t, m, :, pl.ds(0, plan.threads.channels)], sums[m], slab)
             return after, following
 
         here = steps if plan.L % steps == 0 else jnp.minimum(steps, length - n * steps)
@@ -296,13 +302,13 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         slot = lax.rem(n, STAGES)
         results = []
         for m in range(plan.M):
-            y = tl.total([tl.load_rows(scr["parts"].at[:, m, k, pl.ds(0, CHANNELS)], steps) for k in range(LANES)])
+            y = tl.load_parts(plan, scr["parts"], m, steps)
             here = present(plan, scr, slot, m, steps)
             if plan.skip:
-                x = tl.keep(here, tl.load_rows(scr["x"].at[slot, m], steps))
-                y = y + tl.over_steps(inp["skip"].at[m, columns], steps) * x
+                x = tl.keep(here, tl.load_rows(plan, scr["x"].at[slot, m], steps))
+                y = y + tl.over_steps(plan, inp["skip"].at[m, columns], steps) * x
             if plan.gate:
-                z = tl.load_rows(scr["z"].at[slot, m], steps)
+                z = tl.load_rows(plan, scr["z"].at[slot, m], steps)
                 y = y * (z * tl.sigmoid(plan, z))
             results.append(tl.keep(here, y).astype(plan.dtype))
         for m, y in enumerate(results):
@@ -339,8 +345,8 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             prepare(n + 1)
 
         tl.sync()
-        rows = pl.ds(first + n * steps, steps)
-        plgpu.copy_smem_to_gmem(scr["out"], out["y"].at[:, b, rows, columns])
+        window = pl.ds(first + n * steps, steps)
+        plgpu.copy_smem_to_gmem(scr["out"], out["y"].at[:, b, window, columns])
         fetch_tile(n + STAGES)
         return state
 

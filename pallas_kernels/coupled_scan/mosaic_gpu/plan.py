@@ -14,13 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.types import Full, Problem, Readout, Shared
 
-CHANNELS = 64
-"""Channels of a block, which is one warpgroup: 16 channels a warp."""
-LANES, ROWS = 2, 8
-"""A thread has ROWS states of one channel; LANES threads of a warp share the channel."""
-SLAB = LANES * ROWS
+THREADS = 128
+"""Of a block: one warpgroup."""
+SLAB = 16
 """States that a block carries at once; more states are walked slab by slab."""
 LOG2E = math.log2(math.e)
+WIDEST = 64
+"""Channels of the widest block."""
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory a block may have (Hopper)."""
 MULTIPROCESSORS = 132
@@ -32,15 +32,50 @@ def _tiled(*args: Any) -> Any:
     return plgpu.Layout.TILED(plgpu.Tiling(args[0]), *args[1:])
 
 
-STATE = _tiled(((LANES, CHANNELS), (16,), (1,)), (-3,), (-4, -2), -1)
-"""[LANES, CHANNELS]: warps and 16 lanes over channels, 2 lanes over states. A state is a list of ROWS of these."""
+@dataclasses.dataclass(frozen=True)
+class Threads:
+    """How the threads of a block share its channels and the SLAB states of each.
 
+    Attributes:
+        lanes: threads of a warp that share a channel; a thread has `rows` of its states.
+        vector: channels of a thread.
+    """
 
-def rows_layout(steps: int) -> Any:
-    """[steps, CHANNELS], every element in one thread: for what is done once for each channel and step."""
-    if steps % 8 == 0:
-        return _tiled(((8, 64), (2, 64), (4,)), (-5,), (-3, -2), -1)
-    return _tiled(((4, 64), (2,)), (-3,), (-2,), -1)
+    lanes: int = 2
+    vector: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Of a block; each warp has a quarter of them."""
+        return THREADS * self.vector // self.lanes
+
+    @property
+    def rows(self) -> int:
+        """States of a thread: those of lane l are l * rows to (l + 1) * rows - 1 of a slab."""
+        return SLAB // self.lanes
+
+    @property
+    def padded(self) -> int:
+        """Distance of the rows of partial sums, so that all lanes write to shared memory without bank conflicts."""
+        return self.channels + self.channels // 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[lanes, channels]; a state is a list of `rows` arrays of this shape."""
+        return self.lanes, self.channels
+
+    @property
+    def layout(self) -> Any:
+        """Of [lanes, channels]: warps and lanes over channels, lanes over states."""
+        return _tiled((self.shape, (self.channels // 4,), (self.vector,)), (-3,), (-4, -2), -1)
+
+    def over_steps(self, steps: int) -> Any:
+        """Layout of [steps, channels], every element in one thread: for what is done once a channel and step."""
+        vector = min(4, steps * self.channels // THREADS)
+        warp = 32 * vector // self.channels
+        if warp == 1:
+            return _tiled(((4, self.channels), (vector,)), (-3,), (-2,), -1)
+        return _tiled(((4 * warp, self.channels), (warp, self.channels), (vector,)), (-5,), (-3, -2), -1)
 
 
 def projection_layout(steps: int) -> Any:
@@ -63,6 +98,7 @@ class Plan:
         skip, gate: whether D and z are given.
         masked, resets: whether a mask and resets are given.
         interpret: what `plgpu.kernel` takes: None on a GPU.
+        threads: how they share the work.
     """
 
     M: int
@@ -79,6 +115,7 @@ class Plan:
     masked: bool
     resets: bool
     interpret: Any = None
+    threads: Threads = Threads()
 
     @classmethod
     def of(cls, p: Problem, interpret: Any = None) -> "Plan":
@@ -110,12 +147,12 @@ class Plan:
     @property
     def groups(self) -> int:
         """Blocks of channels."""
-        return -(-self.D // CHANNELS)
+        return -(-self.D // self.threads.channels)
 
     @property
     def padded(self) -> int:
-        """Channels of the small arrays: whole blocks."""
-        return self.groups * CHANNELS
+        """Channels of the small arrays: whole blocks, whatever `threads` are."""
+        return -(-self.D // WIDEST) * WIDEST
 
     @property
     def flagged(self) -> bool:
@@ -136,9 +173,20 @@ class Plan:
         M x M matrices and is never cut.
         """
         blocks = self.B * self.groups
-        if self.coupling == "full" or blocks > MULTIPROCESSORS:
+        if self.coupling == "full" or self.threads != Threads() or blocks > MULTIPROCESSORS:
             return 1
         return max(1, min(2 * MULTIPROCESSORS // blocks, self.L // 256))
+
+    def forward(self) -> "Plan":
+        """The plan of the forward pass: with few blocks, more and narrower ones rather than chunks of time.
+
+        Twice the threads share the states of a channel. One such block a multiprocessor takes as long as chunks of
+        wide blocks that fill a third of them, their summaries included.
+        """
+        blocks = self.B * self.groups
+        if blocks > MULTIPROCESSORS or (self.chunks > 1 and 3 * blocks <= MULTIPROCESSORS):
+            return self
+        return dataclasses.replace(self, threads=Threads(lanes=4))
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""

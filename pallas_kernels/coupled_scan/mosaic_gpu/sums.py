@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import CHANNELS, F32, LANES, ROWS, STATE, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
 
 
@@ -32,21 +30,21 @@ class Sums:
 
     def zero(self) -> dict[str, Any]:
         """All sums zero."""
-        zero = layout_cast(jnp.zeros((LANES, CHANNELS), F32), STATE)
-        sums = {name: [[zero] * ROWS for _ in range(self.plan.M)] for name in self.names}
+        zero = tl.fill(self.plan, 0.0)
+        sums = {name: [[zero] * self.plan.threads.rows for _ in range(self.plan.M)] for name in self.names}
         if self.weights is not None:
             sums["dweights"] = [[zero] * self.plan.M for _ in range(self.plan.M)]
         return sums
 
     def load(self) -> dict[str, Any]:
         """The sums so far."""
-        m = range(self.plan.M)
+        m, rows, layout = range(self.plan.M), range(self.plan.threads.rows), self.plan.threads.layout
         sums = {
-            name: [[tl.load(self.refs[name].at[j, i, :, self.columns], STATE) for i in range(ROWS)] for j in m]
+            name: [[tl.load(self.refs[name].at[j, :, i, self.columns], layout) for i in rows] for j in m]
             for name in self.names
         }
         if self.weights is not None:
-            sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], STATE) for k in m] for j in m]
+            sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], layout) for k in m] for j in m]
         return sums
 
     def store(self, sums: dict[str, Any]) -> None:
@@ -54,7 +52,7 @@ class Sums:
         for name in self.names:
             for j, rows in enumerate(sums[name]):
                 for i, value in enumerate(rows):
-                    tl.store(self.refs[name].at[j, i, :, self.columns], value)
+                    tl.store(self.refs[name].at[j, :, i, self.columns], value)
         for j, rows in enumerate(sums.get("dweights", [])):
             for k, value in enumerate(rows):
                 tl.store(self.weights.at[j, k, :, self.columns], value)

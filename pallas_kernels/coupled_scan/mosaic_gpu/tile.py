@@ -1,6 +1,7 @@
 """What the forward and the backward kernel do alike: loads, spreads, elementwise maths and one step of the recurrence.
 
-Axes: M modality, N state, D channel; a state is `State`: for each of S chains a list of ROWS arrays [LANES, CHANNELS].
+Axes: M modality, N state, D channel; a state is `State`: for each of S chains a list of arrays [lanes, channels] (see
+`plan.Threads`).
 """
 
 from collections.abc import Callable
@@ -10,61 +11,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast, load, store
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
-    CHANNELS,
-    F32,
-    LANES,
-    ROWS,
-    STATE,
-    Plan,
-    projection_layout,
-    rows_layout,
-)
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan, projection_layout
 
 Array = jax.Array
 Refs = dict[str, Any]
 State = list[list[Array]]
 
 
-def spread_channels(values: Array) -> Array:
-    """[CHANNELS] -> [LANES, CHANNELS]."""
-    return layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (1,)), STATE)
+def spread_channels(plan: Plan, values: Array) -> Array:
+    """[channels] -> [lanes, channels]."""
+    threads = plan.threads
+    return layout_cast(lax.broadcast_in_dim(values, threads.shape, (1,)), threads.layout)
 
 
-def spread_states(values: Array) -> Array:
-    """[LANES] -> [LANES, CHANNELS]."""
-    return layout_cast(lax.broadcast_in_dim(values, (LANES, CHANNELS), (0,)), STATE)
+def load_channels(plan: Plan, ref: Any) -> Array:
+    """A reference [channels] -> [channels]; `spread_channels` makes it [lanes, channels]."""
+    return load(ref, plan.threads.layout.reduce(0))
 
 
-def load_channels(ref: Any) -> Array:
-    """A reference [CHANNELS] -> [LANES, CHANNELS]."""
-    return spread_channels(load(ref, STATE.reduce(0)))
+def load_states(plan: Plan, ref: Any) -> Array:
+    """A reference [lanes] -> [lanes, channels]."""
+    threads = plan.threads
+    values = load(ref, threads.layout.reduce(1))
+    return layout_cast(lax.broadcast_in_dim(values, threads.shape, (0,)), threads.layout)
 
 
-def load_states(ref: Any) -> Array:
-    """A reference [LANES] -> [LANES, CHANNELS]."""
-    return spread_states(load(ref, STATE.reduce(1)))
+def fill(plan: Plan, value: float) -> Array:
+    """[lanes, channels] of one value."""
+    return layout_cast(jnp.full(plan.threads.shape, value, F32), plan.threads.layout)
 
 
-def load_rows(ref: Any, steps: int) -> Array:
-    """A reference [steps, CHANNELS] -> float32, every element in one thread."""
-    return load(ref, rows_layout(steps)).astype(F32)
+def load_rows(plan: Plan, ref: Any, steps: int) -> Array:
+    """A reference [steps, channels] -> float32, every element in one thread."""
+    return load(ref, plan.threads.over_steps(steps)).astype(F32)
 
 
-def over_steps(ref: Any, steps: int) -> Array:
-    """A reference [CHANNELS] -> [steps, CHANNELS], the same at every step."""
-    layout = rows_layout(steps)
-    return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(0)), (steps, CHANNELS), (0 + 1,)), layout)
+def load_parts(plan: Plan, ref: Any, m: int, steps: int) -> Array:
+    """Partial sums of modality m, a reference [steps, M, lanes, channels + padding] -> [steps, channels]."""
+    columns = pl.ds(0, plan.threads.channels)
+    return total([load_rows(plan, ref.at[:, m, k, columns], steps) for k in range(plan.threads.lanes)])
 
 
-def over_channels(ref: Any, steps: int) -> Array:
-    """A reference [steps] -> [steps, CHANNELS], the same in every channel."""
-    layout = rows_layout(steps)
-    return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(1)), (steps, CHANNELS), (0,)), layout)
+def over_steps(plan: Plan, ref: Any, steps: int) -> Array:
+    """A reference [channels] -> [steps, channels], the same at every step."""
+    layout = plan.threads.over_steps(steps)
+    shape = (steps, plan.threads.channels)
+    return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(0)), shape, (1,)), layout)
+
+
+def over_channels(plan: Plan, ref: Any, steps: int) -> Array:
+    """A reference [steps] -> [steps, channels], the same in every channel."""
+    layout = plan.threads.over_steps(steps)
+    shape = (steps, plan.threads.channels)
+    return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(1)), shape, (0,)), layout)
 
 
 def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int) -> None:
@@ -80,13 +84,6 @@ def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, 
                 present = lax.broadcast_in_dim(present, values.shape, (0,))
                 values = jnp.where(layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
             store(scr["projections"].at[:, row], values)
-
-
-def load_projection(plan: Plan, ref: Any, i: int) -> Array:
-    """Row i of one step's B or C, a reference [SLAB], before it is spread: [LANES]."""
-    if plan.interpret:  # knows no reshaped references
-        return ref[...].reshape(LANES, ROWS)[:, i]
-    return load(ref.reshape(LANES, ROWS).at[:, i], STATE.reduce(1))
 
 
 def softplus(plan: Plan, values: Array) -> Array:
@@ -130,7 +127,7 @@ class Constants:
     """What the steps of one slab share: A * log2(e), log2 of the gains, and the weights of `full`.
 
     Attributes:
-        A: for each modality a list of ROWS arrays [LANES, CHANNELS].
+        A: for each modality a list of arrays [lanes, channels], see `plan.Threads`.
         gain: the same for log2 g, or None.
         weights: M x M scalars, or None.
     """
@@ -138,11 +135,11 @@ class Constants:
     def __init__(self, plan: Plan, inp: Refs, slab: Any, columns: Any):
         """Loads them from device memory."""
         self.plan = plan
-        rows = range(ROWS)
-        self.A = [[load(inp["A"].at[m, slab, i, :, columns], STATE) for i in rows] for m in range(plan.M)]
+        rows, layout = range(plan.threads.rows), plan.threads.layout
+        self.A = [[load(inp["A"].at[m, slab, :, i, columns], layout) for i in rows] for m in range(plan.M)]
         self.gain = self.weights = None
         if plan.coupling == "shared":
-            self.gain = [[load_states(inp["gain"].at[m, slab, i]) for i in rows] for m in range(plan.M)]
+            self.gain = [[load_states(plan, inp["gain"].at[m, slab, :, i]) for i in rows] for m in range(plan.M)]
         if plan.coupling == "full":
             self.weights = [[inp["weights"][m, j] for j in range(plan.M)] for m in range(plan.M)]
 
@@ -175,17 +172,17 @@ def advance(plan: Plan, constants: Constants, state: State, now: list[tuple]) ->
         plan: the plan.
         constants: of the slab.
         state: entering the step.
-        now: for each modality dt and u = dt x [LANES, CHANNELS] and the list of ROWS values of B.
+        now: for each modality dt and u = dt x [lanes, channels] and the list of `rows` values of B.
 
     Returns:
         h^m of every modality, and the state after the step.
     """
-    h = []
+    h, rows = [], range(plan.threads.rows)
     for m in range(plan.M):
         dt, u, B = now[m][:3]
-        h.append([constants.decay(m, i, dt) * constants.entering(m, i, state) + u * B[i] for i in range(ROWS)])
+        h.append([constants.decay(m, i, dt) * constants.entering(m, i, state) + u * B[i] for i in rows])
     if plan.coupling == "shared":
-        return h, [[total([h[m][i] for m in range(plan.M)]) for i in range(ROWS)]]
+        return h, [[total([h[m][i] for m in range(plan.M)]) for i in rows]]
     return h, h
 
 
@@ -218,7 +215,7 @@ def choose(condition: Any, yes: Array, no: Array) -> Array:
 def add_slab(plan: Plan, ref: Any, value: Array, slab: Any) -> None:
     """Stores a slab's sum over its states on top of the sums of the slabs before it."""
     if plan.slabs > 1:
-        old = load(ref, STATE)
+        old = load(ref, plan.threads.layout)
         value = value + choose(slab > 0, old, jnp.zeros_like(old))
     store(ref, value)
 
@@ -228,70 +225,96 @@ def sync() -> None:
     plgpu.commit_smem()
 
 
-def save_thread(ref: Any, state: list[Array], interpret: Any) -> None:
-    """Stores ROWS arrays [LANES, CHANNELS] so that each thread finds its own values again, [ROWS / 4, threads, 4]."""
-    if interpret:
-        ref[...] = jnp.stack(state).reshape(ROWS // 4, 4, -1).transpose(0, 2, 1)
+def save_thread(plan: Plan, ref: Any, state: list[Array]) -> None:
+    """Stores a state so that each thread finds its own values again, [rows / 4, THREADS, 4]."""
+    rows = plan.threads.rows
+    if plan.interpret:
+        ref[...] = jnp.stack(state).reshape(rows // 4, 4, -1).transpose(0, 2, 1)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * ROWS))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plan.threads.layout] * rows))
     def write(ctx: Any, target: Any, *arrays: Any) -> None:
         del ctx
-        for k in range(0, ROWS, 4):
+        for k in range(0, rows, 4):
             _store_vector(target, [_constant(k // 4), _thread(), _constant(0)], [_value(a) for a in arrays[k : k + 4]])
 
     write(ref, *state)
 
 
-def load_thread(ref: Any, interpret: Any) -> list[Array]:
+def load_thread(plan: Plan, ref: Any) -> list[Array]:
     """The inverse of `save_thread`."""
-    if interpret:
-        values = ref[...].transpose(0, 2, 1).reshape(ROWS, LANES, CHANNELS)
-        return [values[i] for i in range(ROWS)]
-    like = plgpu.ShapeDtypeStruct((LANES, CHANNELS), F32, layout=STATE)
+    rows = plan.threads.rows
+    if plan.interpret:
+        values = ref[...].transpose(0, 2, 1).reshape(rows, *plan.threads.shape)
+        return [values[i] for i in range(rows)]
+    return _load_vectors(plan, ref, lambda k: [_constant(k), _thread(), _constant(0)])
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[like] * ROWS)
+
+def load_projection(plan: Plan, ref: Any) -> list[Array]:
+    """One step's B or C, a reference [SLAB] -> a list of `rows` arrays [lanes, channels]."""
+    threads = plan.threads
+    if plan.interpret:
+        values = ref[...].reshape(threads.lanes, threads.rows)
+        return [lax.broadcast_in_dim(values[:, i], threads.shape, (0,)) for i in range(threads.rows)]
+
+    def position(k: int) -> list[Any]:
+        _, arith, _, _ = _dialects()
+        lane = arith.shrui(arith.andi(_thread(), _constant(31)), _constant((32 // threads.lanes).bit_length() - 1))
+        return [arith.addi(arith.muli(lane, _constant(threads.rows)), _constant(4 * k))]
+
+    return _load_vectors(plan, ref, position)
+
+
+def _load_vectors(plan: Plan, ref: Any, position: Callable[[int], list[Any]]) -> list[Array]:
+    """`rows` numbers of each thread, four at a time from `position(0)`, `position(1)` and so on.
+
+    The compiler would not always see that they are neighbours.
+    """
+    threads = plan.threads
+    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[like] * threads.rows)
     def read(ctx: Any, source: Any) -> list[Any]:
         del ctx
         ir, _, _, vector = _dialects()
-        f32, one = ir.F32Type.get(), ir.VectorType.get((1,), ir.F32Type.get())
-        layout, arrays = STATE.to_mgpu(), []
-        for k in range(ROWS // 4):
-            row = vector.load(
-                ir.VectorType.get((4,), f32), source, [_index(v) for v in (_constant(k), _thread(), _constant(0))]
-            )
+        f32 = ir.F32Type.get()
+        register = ir.VectorType.get((threads.vector,), f32)
+        layout, arrays = threads.layout.to_mgpu(), []
+        for k in range(threads.rows // 4):
+            row = vector.load(ir.VectorType.get((4,), f32), source, [_index(v) for v in position(k)])
             for j in range(4):
-                registers = np.empty(layout.registers_shape((LANES, CHANNELS)), dtype=object)
-                registers[...] = vector.broadcast(one, _element(row, j))
+                registers = np.empty(layout.registers_shape(threads.shape), dtype=object)
+                registers[...] = vector.broadcast(register, _element(row, j))
                 arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
         return arrays
 
     return list(read(ref))
 
 
-def sum_channels(products: list[Array], ref: Any, interpret: Any, exact: bool) -> None:
-    """Sums 2 * ROWS arrays [LANES, CHANNELS] over the channels of each warp, into a reference [4, 2, SLAB].
+def sum_channels(plan: Plan, products: list[Array], ref: Any) -> None:
+    """Sums 2 * rows arrays [lanes, channels] over the channels of each warp, into a reference [4, 2, SLAB].
 
     The tensor cores do most of it: a product of a matrix with ones adds four lanes, for four arrays in one
-    instruction; by shuffles alone it would take 7.5 instructions for each array.
+    instruction; by shuffles alone it would take 7.5 instructions for each array. With float32 inputs a second pass
+    adds what they cut off (13 of 24 bits).
 
     Args:
+        plan: the plan, whose `threads` are the default ones.
         products: the arrays.
         ref: where the sums go; axis 0 counts the warps.
-        interpret: whether the kernel is interpreted.
-        exact: adds what the tensor cores cut off (13 of 24 bits) in a second pass.
     """
-    if interpret:
-        stacked = jnp.stack(products).reshape(2, ROWS, LANES, 4, CHANNELS // 4)
+    threads, exact = plan.threads, plan.dtype != jnp.bfloat16
+    if plan.interpret:
+        stacked = jnp.stack(products).reshape(2, threads.rows, threads.lanes, 4, threads.channels // 4)
         ref[...] = jnp.transpose(jnp.sum(stacked, axis=4), (3, 0, 2, 1)).reshape(4, 2, -1)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[STATE] * len(products)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[threads.layout] * len(products)))
     def sums(ctx: Any, target: Any, *arrays: Any) -> None:
         del ctx
         _sum_over_lanes(target, [_value(a) for a in arrays], exact)
 
-    sums(ref.reshape(4, 2, LANES, ROWS), *products)
+    sums(ref.reshape(4, 2, threads.lanes, threads.rows), *products)
 
 
 def _dialects() -> Any:
@@ -322,7 +345,7 @@ def _element(values: Any, k: int) -> Any:
 
 
 def _value(array: Any) -> Any:
-    """The one element that this thread has of an array [LANES, CHANNELS]."""
+    """The one element that this thread has of an array [lanes, channels]."""
     return _element(array.registers.item(), 0)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.coupled_scan.mosaic_gpu import backward, chunks, forward
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LANES, LOG2E, ROWS, SLAB, Plan, pad_axis
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LOG2E, SLAB, Plan, pad_axis
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
 
 Array = jax.Array
@@ -25,6 +25,7 @@ def scan(interpret: Any, p: Problem) -> ScanOutput:
 
 def _forward(interpret: Any, p: Problem, *, save: bool) -> tuple[ScanOutput, dict[str, Array]]:
     plan, arrays = prepare(interpret, p)
+    plan = plan.forward()
     chunk = plan.chunk_steps(backward.SAVE)
     arrays["state"] = chunks.entering(plan, arrays, chunk)
     out = forward.run(plan, arrays, chunk, backward.SAVE if save else None)
@@ -58,9 +59,8 @@ def prepare(interpret: Any, p: Problem) -> tuple[Plan, dict[str, Array]]:
 
     Returns:
         The plan, its D a multiple of ALIGNED, and: x, dt, z [M, B, L, D]; B, C [M, B, L, slabs, SLAB]; flags
-        [B, L, F] if needed; with the channels padded to D', whole blocks, A [M, slabs, ROWS, LANES, D'] (times
-        log2(e)), dt_bias and skip [M, D'], state [S, B, slabs, ROWS, LANES, D']; gain [M, slabs, ROWS, LANES]
-        (log2 g) or weights [M, M].
+        [B, L, F] if needed; with the channels padded to D', whole blocks, A [M, slabs, SLAB, D'] (times log2(e)),
+        dt_bias and skip [M, D'], state [S, B, slabs, SLAB, D']; gain [M, slabs, SLAB] (log2 g) or weights [M, M].
     """
     d = -(-p.x.shape[-1] // ALIGNED) * ALIGNED
     plan = dataclasses.replace(Plan.of(p, interpret), D=d)
@@ -86,12 +86,12 @@ def prepare(interpret: Any, p: Problem) -> tuple[Plan, dict[str, Array]]:
         arrays["skip"] = row(p.D)
     if isinstance(p.coupling, Shared):
         gain = pad_axis(p.coupling.log_gain.astype(F32) * LOG2E, 1, states)
-        arrays["gain"] = jnp.swapaxes(gain.reshape(plan.M, plan.slabs, LANES, ROWS), 2, 3)
+        arrays["gain"] = gain.reshape(plan.M, plan.slabs, SLAB)
     if isinstance(p.coupling, Full):
         arrays["weights"] = p.coupling.weights.astype(F32)
     if plan.flagged:
         arrays["flags"] = make_flags(plan, p.mask, p.reset)
-    zeros = jnp.zeros((plan.S, plan.B, plan.slabs, ROWS, LANES, padded), F32)
+    zeros = jnp.zeros((plan.S, plan.B, plan.slabs, SLAB, padded), F32)
     arrays["state"] = zeros if p.initial_state is None else pack_state(plan, p, p.initial_state)
     return plan, arrays
 
@@ -106,21 +106,19 @@ def make_flags(plan: Plan, mask: Array | None, reset: Array | None) -> Array:
 
 
 def pack_states(values: Array, states: int) -> Array:
-    """[..., D, N] -> [..., slabs, ROWS, LANES, D]."""
+    """[..., D, N] -> [..., slabs, SLAB, D]."""
     values = jnp.swapaxes(pad_axis(values, values.ndim - 1, states), -1, -2)
-    values = values.reshape(*values.shape[:-2], states // SLAB, LANES, ROWS, values.shape[-1])
-    return jnp.swapaxes(values, -3, -2)
+    return values.reshape(*values.shape[:-2], states // SLAB, SLAB, values.shape[-1])
 
 
 def unpack_states(values: Array, d: int, n: int) -> Array:
-    """The inverse: [..., slabs, ROWS, LANES, D'] -> [..., D, N]."""
-    values = jnp.swapaxes(values, -3, -2)
-    values = values.reshape(*values.shape[:-4], -1, values.shape[-1])
+    """The inverse: [..., slabs, SLAB, D'] -> [..., D, N]."""
+    values = values.reshape(*values.shape[:-3], -1, values.shape[-1])
     return jnp.swapaxes(values, -1, -2)[..., :d, :n]
 
 
 def pack_state(plan: Plan, p: Problem, state: Array) -> Array:
-    """A state as the API has it -> [S, B, slabs, ROWS, LANES, D']."""
+    """A state as the API has it -> [S, B, slabs, SLAB, D']."""
     state = state if state.ndim == 4 else state[None]
     return pack_states(pad_axis(state, 2, plan.padded), plan.slabs * SLAB)
 
