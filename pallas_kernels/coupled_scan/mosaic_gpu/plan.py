@@ -147,7 +147,7 @@ class Plan:
     @property
     def groups(self) -> int:
         """Blocks of channels."""
-        return -(-self.D // self.threads.channels)
+        return self.padded // self.threads.channels
 
     @property
     def padded(self) -> int:
