@@ -62,6 +62,8 @@ class Options:
     """None: 64 for mosei, 16 for long."""
     n_layers: int | None = None
     """None: 3 for mosei, 2 for long."""
+    scan: str | None = None
+    """Implementation of the scan; None: what the library chooses."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "layer", "dots"] = "none"
     steps: int = 5
@@ -87,7 +89,8 @@ def main(args: list[str]) -> None:
         args: words after ``scaling``.
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench scaling")
-    result = records.describe("scaling", ["bench", "scaling", *args]) | measure(options)
+    name = "_".join(filter(None, (*options.cases, options.axis, options.scan)))
+    result = records.describe("scaling", ["bench", "scaling", *args]) | {"name": name} | measure(options)
     records.save(result, options.output)
     print(json.dumps(result, indent=2) if options.json else _tables(result))
 
@@ -121,6 +124,7 @@ def _case(name: str, options: Options, counts: list[int]) -> dict[str, Any]:
         n_layers=options.n_layers or (2 if long else 3),
         compute_dtype=options.dtype,
         remat=options.remat,
+        scan=options.scan,
     )
     records: dict[int, dict[str, Any]] = {}
     collectives: dict[int, list[Collective]] = {}

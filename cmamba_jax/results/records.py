@@ -35,6 +35,7 @@ def describe(kind: str, words: Sequence[str] | str) -> dict[str, str]:
     elif jax.device_count() > 1:
         device = f"{jax.device_count()} x {device}"
     command = words if isinstance(words, str) else " ".join(words)
+    command = re.sub(r" --output[ =]\S+", "", command)  # where the record was first written says nothing to others
     return {
         "kind": kind,
         "command": f"cmamba {command}",
@@ -82,8 +83,10 @@ def collect(runs: pathlib.Path, records: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _file_name(record: Record) -> str:
-    """Sweeps and cross-validations by name; benchmarks by device, since their numbers are the device's."""
-    detail = record.get("name") or re.sub(r"^\d+ cores? of ", "", record["device"].replace(" x ", "x"))
+    """Sweeps and cross-validations by name; benchmarks by device too, since their numbers are the device's."""
+    detail = record.get("name", "")
+    if record["kind"] not in ("sweep", "crossval"):
+        detail += " " + re.sub(r"^\d+ cores? of ", "", record["device"].replace(" x ", "x"))
     return re.sub(r"[^a-z0-9]+", "_", f"{record['kind']}_{detail}".lower()).strip("_")
 
 
