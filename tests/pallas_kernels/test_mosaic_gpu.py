@@ -90,6 +90,18 @@ def test_time_is_cut_only_where_multiprocessors_would_idle():
     assert chunks(B=1, L=65_536, coupling="full") == 1
 
 
+def test_narrow_blocks_where_wide_ones_leave_multiprocessors_idle():
+    def channels(**sizes):
+        plan = Plan.of(Problem(**abstract_inputs(Case(**({"M": 3, "D": 1024, "N": 16} | sizes)))))
+        return plan.forward().threads.channels, plan.threads.channels
+
+    assert channels(B=16, L=2048) == (64, 64)
+    assert channels(B=4, L=4096) == (32, 64)
+    assert channels(B=4, L=4096, N=32) == (64, 64)
+    assert channels(B=1, L=65_536) == (64, 64)
+    assert channels(B=1, L=65_536, coupling="full") == (32, 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

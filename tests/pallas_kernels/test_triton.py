@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, which runs them step by step in numpy, against the float64 oracle.
 
-What Triton's compiler makes of them: test_triton_aot.py; on a GPU: test_mosaic_gpu_device.py (never done yet).
+What Triton's compiler makes of them: test_triton_aot.py; on a GPU: test_mosaic_gpu_device.py.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-import sys
 from unittest import mock
 
 import jax
@@ -24,10 +23,8 @@ from pallas_kernels.coupled_scan.types import Problem
 HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", "jax_triton"))
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install 'cmamba-jax[triton]'")
 if HAS_TRITON:
-    # Triton decides on its first import whether functions are compiled or interpreted, and rewrites their source: so
-    # they must not be wrapped in the tests' checks of shapes and types.
-    unhooked = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("jaxtyping")]
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(sys, "meta_path", unhooked):
+    # Triton decides on its first import whether functions are compiled or interpreted.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         import triton.experimental.gluon  # noqa: F401  (Triton itself imports it later, with the switch off)
 
         from pallas_kernels.coupled_scan.triton_gpu import kernels  # noqa: F401

@@ -11,9 +11,9 @@ chunks.py    what enters chunks of time that run at once
 Axes: M modality, B batch, L time, D channel, N state; S chains (1 for `shared`: H = SUM_m h^m, else M).
 
 **Work of a thread.** A block is one warpgroup (128 threads) with 64 channels of one sample and one chunk of time. A
-thread carries 8 states of one channel, two half-warps share the channels' 16 states; more states are walked slab by
-slab, fewer are filled up with zeros. Everything of a step is elementwise in registers, but for y, whose halves meet in
-shared memory, and (backwards) the sums over channels for dB and dC, which the tensor cores take.
+thread carries 8 states of one channel, two half-warps share the channels' 16 states (`plan.Threads`); more states are
+walked slab by slab, fewer are filled up with zeros. Everything of a step is elementwise in registers, but for y, whose
+halves meet in shared memory, and (backwards) the sums over channels for dB and dC, which the tensor cores take.
 
 **Walk of a tile.** Tiles of 8 or 16 steps arrive by the copy engine, two in flight. What is needed once a channel
 and step (softplus, dt x, gates, skip, all conversions) is done with every element in one thread and passed to the scan
@@ -28,13 +28,26 @@ the backward pass), and sums of dB and dC for each group of 64 channels. Nothing
 
 **Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
 each chunk's end state from zero and the product of its decays, a prefix over the chunks gives the entering states. The
-one chain H of `shared` makes that one product a state, whatever M is.
+one chain H of `shared` makes that one product a state, whatever M is. Forwards, blocks of 32 channels and 4 states a
+thread save that pass where they fill the chip (`Plan.forward`): S3 0.60 ms instead of 0.72.
 
-**Tried, and not kept** (S2 on an H100, ms). Forward: a thread with 8 states, loads after stores 0.87, loads first 0.74,
-all 8 steps of a tile unrolled and loads one step ahead 0.70 to 0.76 (kept); 4 states a thread and twice the warps 0.73
-(more instructions eat what latency gains). Backward: 4 states a thread 5.3 instead of 4.1 (shared memory becomes the
-limit); sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once);
-log g in shared memory, or two steps an iteration: no difference.
+**What binds, and what was tried** (S2 on an H100, ms, unless said). Forward: 213 instructions a thread and step, 28 of
+them on the special-function unit, which takes eight times as long for one: both are near their limit.
+
+- A thread with 8 states, loads after stores 0.87, loads first 0.74, all 8 steps of a tile unrolled and loads one step
+  ahead 0.70 to 0.76 (kept).
+- 4 states a thread and twice the warps: 0.73, more instructions eat what latency gains.
+- Preparing the next tile and finishing the last one between the steps, one barrier a tile instead of two: 4% more
+  instructions, 8% slower (S3).
+- B and C as 16 bits from shared memory: half the bytes, a fifth more instructions, 5 to 7% slower (S3, S4).
+
+Backward: 456 instructions a thread and step, and 240 more to find the states again, twice.
+
+- 4 states a thread: 5.3 instead of 4.1, shared memory becomes the limit.
+- B and C loaded four at a time: 2 to 4% faster (kept). As 16 bits: no difference.
+- Loads of the next step before the stores of this one: 7 to 10% slower, they queue up.
+- Sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once).
+- log g in shared memory, or two steps an iteration: no difference.
 """
 
 import dataclasses
