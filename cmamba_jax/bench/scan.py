@@ -72,7 +72,8 @@ def main(args: list[str]) -> None:
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"peers: unknown {unknown[0]!r}; known: {', '.join(known)}")
         rows = ("chosen", *names)
-        head = records.describe("device_table", ["bench", "scan", *args])
+        head: dict[str, Any] = records.describe("device_table", ["bench", "scan", *args])
+        head["name"] = "_".join([*options.shapes, *["sweep"] * options.sweep])
         print(device_table.run(options.shapes, options.sweep, rows, options.output, options.repeats, head))
         return
     result = records.describe("scan", ["bench", "scan", *args]) | measure(options)

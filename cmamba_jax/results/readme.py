@@ -92,32 +92,63 @@ def _scan(records: Sequence[Record]) -> str:
 
 
 def _device(records: Sequence[Record]) -> str:
-    parts = []
+    by_place: dict[str, list[Record]] = {}
     for record in _of(records, "device_table"):
-        parts.append(f"`{record['command']}`: M 3, bfloat16, with skip, gate, bias and softplus; medians of "
-                     f"{record['repeats']}; {_where(record)}.\n")  # fmt: skip
-        rows = []
-        for result in record["results"]:
-            case, floor = result["case"], result["floor_ms"]
-            label = f"{result['shape']} ({', '.join(str(case[axis]) for axis in 'BLDN')})"
-            for name, values in result.items():
-                if not isinstance(values, dict) or "forward_ms" not in values:
-                    continue
-                share = ""
-                if "input_bytes" in values:
-                    share = f"{100 * values['forward_backward_temp_bytes'] / values['input_bytes']:.0f}%"
-                forward, both = values["forward_ms"], values.get("forward_backward_ms")
-                rows.append([
-                    label,
-                    values.get("implementation", name),
-                    f"{forward:.2f}",
-                    f"{both:.2f}" if both else "failed",
-                    f"{max(floor.values()) / forward:.2f}",
-                    share,
-                ])  # fmt: skip
+        by_place.setdefault(_where(record), []).append(record)
+    parts = []
+    for where, group in by_place.items():
+        commands = ", ".join(f"`{record['command']}`" for record in group)
+        repeats = ", ".join(sorted({str(record["repeats"]) for record in group}))
+        parts.append(f"{commands}: M 3, bfloat16, with skip, gate, bias and softplus; medians of {repeats}; {where}.\n")
         heads = ["(B, L, D, N)", "scan", "forward ms", "forward + backward ms", "floor / forward", "extra memory"]
-        parts.append(_markdown(heads, rows))
+        parts.append(_markdown(heads, [row for record in group for row in _device_rows(record)]))
     return "\n".join(parts)
+
+
+def _device_rows(record: Record) -> Iterable[list[str]]:
+    for result in record["results"]:
+        case, floor = result["case"], result["floor_ms"]
+        label = f"{result['shape']} ({', '.join(str(case[axis]) for axis in 'BLDN')})"
+        for name, values in result.items():
+            if not isinstance(values, dict) or "forward_ms" not in values:
+                continue
+            share = ""
+            if "input_bytes" in values:
+                share = f"{100 * values['forward_backward_temp_bytes'] / values['input_bytes']:.0f}%"
+            forward, both = values["forward_ms"], values.get("forward_backward_ms")
+            yield [
+                label,
+                values.get("implementation", name),
+                f"{forward:.2f}",
+                f"{both:.2f}" if both else "failed",
+                f"{max(floor.values()) / forward:.2f}",
+                share,
+            ]
+
+
+def _scaling(records: Sequence[Record]) -> str:
+    rows = []
+    for record in _of(records, "scaling"):
+        for case in record["cases"]:
+            model = case["model"]
+            what = (
+                f"{case['case']}: axis {case['axis']}, {case['length']:,} steps, batch {case['batch']:,}, width "
+                f"{model['d_model']}, {model['d_state']} states, {model['n_layers']} layers, {model['compute_dtype']}"
+            )
+            for count, result in case["results"].items():
+                memory = result["peak_bytes"] or result["memory_bytes"]
+                rows.append([
+                    what,
+                    count,
+                    f"{result['steps_per_second']:.1f}",
+                    f"{result['efficiency']:.2f}" if result["efficiency"] else "",
+                    f"{memory / 2**20:,.0f}",
+                    f"{result['sent_bytes'] / 2**20:.1f}",
+                    f"`{record['command']}`",
+                    _where(record),
+                ])  # fmt: skip
+    heads = ["case", "devices", "steps a second", "efficiency", "MiB a device", "MiB sent a step", "command", "on"]
+    return _markdown(heads, rows)
 
 
 def _efficiency(records: Sequence[Record]) -> str:
@@ -187,6 +218,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "device": _device,
     "efficiency": _efficiency,
     "host": _host,
+    "scaling": _scaling,
     "tpu": _tpu,
 }
 """What a mark can name."""

@@ -28,6 +28,7 @@ def describe(kind: str, words: Sequence[str] | str) -> dict[str, str]:
     import cmamba_jax
 
     assert kind in KINDS, kind
+    flags = f"XLA_FLAGS='{os.environ['XLA_FLAGS']}' " if os.environ.get("XLA_FLAGS") else ""
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     if jax.default_backend() == "cpu":
         cores = len(os.sched_getaffinity(0))
@@ -38,7 +39,7 @@ def describe(kind: str, words: Sequence[str] | str) -> dict[str, str]:
     command = re.sub(r" --output[ =]\S+", "", command)  # where the record was first written says nothing to others
     return {
         "kind": kind,
-        "command": f"cmamba {command}",
+        "command": f"{flags}cmamba {command}",
         "device": device,
         "versions": f"cmamba_jax {cmamba_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
     }

@@ -81,7 +81,7 @@ _IMPLEMENTATIONS = (
     ),
     Implementation(
         "triton",
-        "Triton kernels for NVIDIA GPUs from Ampere on: every coupling, M up to 8, N up to 128; never run on a GPU yet",
+        "Triton kernels for NVIDIA GPUs from Ampere on: every coupling, M up to 8, N up to 128; not tuned",
         triton_gpu.scan,
         triton_gpu.unsupported,
         knows_varying=False,
