@@ -72,7 +72,8 @@ def collect(runs: pathlib.Path, records: pathlib.Path) -> list[pathlib.Path]:
         record = read_json(path)
         if record.get("kind") != path.stem or (path.stem == "crossval" and "mean" not in record):
             continue  # Another program's file, or an unfinished cross-validation.
-        record.pop("config", None)
+        if path.stem == "crossval":
+            record.pop("config", None)  # Long; it follows from the command.
         if path.stem == "sweep":
             # Settings are long, and follow from the command and the label.
             record["rows"] = [{k: v for k, v in row.items() if k != "settings"} for row in record["rows"]]
