@@ -63,6 +63,35 @@ def test_efficiency_says_what_the_coupled_model_saves_and_what_did_not_fit():
     assert "| 65,536 | 1 / 8,000 | 100.0% | 20 / out of memory | - |" in new
 
 
+def test_one_table_for_all_shapes_measured_on_a_device():
+    def record(shape, **rows):
+        case = {"B": 1, "L": 2, "D": 3, "N": 4}
+        result = {"shape": shape, "case": case, "floor_ms": {"exp": 0.5, "bytes": 0.25}, **rows}
+        return HEAD | {"kind": "device_table", "name": shape, "repeats": 9, "results": [result]}
+
+    ours = {"implementation": "mosaic_gpu", "forward_ms": 1.0, "forward_backward_ms": 4.0}
+    ours |= {"forward_backward_temp_bytes": 3, "input_bytes": 10}
+    found = [record("S1", chosen=ours, peer={"error": "ValueError"}), record("S2", chosen={"forward_ms": 2.0})]
+    new, _ = readme.render(found, "<!-- results: device -->\n<!-- end -->\n")
+    assert new.count("| scan |") == 1 and "`cmamba x`, `cmamba x`: M 3" in new and "medians of 9; a card; jax 1" in new
+    assert "| S1 (1, 2, 3, 4) | mosaic_gpu | 1.00 | 4.00 | 0.50 | 30% |" in new and "peer" not in new
+    assert "| S2 (1, 2, 3, 4) | chosen | 2.00 | failed | 0.25 |  |" in new
+
+
+def test_scaling_shows_memory_by_the_device_where_it_counts():
+    model = {"d_model": 8, "d_state": 4, "n_layers": 2, "compute_dtype": "bfloat16"}
+    one = {"steps_per_second": 4.0, "efficiency": 1.0, "memory_bytes": 2**20, "peak_bytes": None, "sent_bytes": 0}
+    two = one | {"efficiency": 0.5, "peak_bytes": 3 * 2**20, "sent_bytes": 2**19}
+    case = {"case": "long", "axis": "sequence", "length": 2048, "batch": 1, "model": model}
+    record = HEAD | {"kind": "scaling", "name": "long", "cases": [case | {"results": {"1": one, "2": two}}]}
+    new, _ = readme.render([record], "<!-- results: scaling -->\n<!-- end -->\n")
+    assert (
+        "| long: axis sequence, 2,048 steps, batch 1, width 8, 4 states, 2 layers, bfloat16 | 1 | 4.0 | 1.00 | 1 |"
+        in new
+    )
+    assert "| 2 | 4.0 | 0.50 | 3 | 0.5 | `cmamba x` | a card; jax 1 |" in new
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

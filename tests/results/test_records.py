@@ -7,10 +7,24 @@ from cmamba_jax.results import records
 from cmamba_jax.train.runs import read_json, write_json
 
 
-def test_head():
-    head = records.describe("step", ["bench", "step", "--steps", "3"])
-    assert head["command"] == "cmamba bench step --steps 3"
+def test_head(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    head = records.describe("step", ["bench", "step", "--steps", "3", "--output", "here", "--json"])
+    assert head["command"] == "cmamba bench step --steps 3 --json"
     assert head["device"].endswith(" CPU") and "jax" in head["versions"]
+
+
+def test_the_command_has_the_flags_of_xla(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --b=2")
+    assert records.describe("step", "bench step")["command"] == "XLA_FLAGS='--a=1 --b=2' cmamba bench step"
+
+
+def test_records_of_one_benchmark_with_names_are_kept_apart(tmp_path):
+    head = {"kind": "scaling", "command": "cmamba", "device": "2 x NVIDIA H100 (gpu)", "versions": "jax 1"}
+    for name in ("long", "mosei"):
+        records.save(head | {"name": name}, tmp_path / "runs" / name)
+    written = [path.name for path in records.collect(tmp_path / "runs", tmp_path / "results")]
+    assert written == ["scaling_long_2xnvidia_h100_gpu.json", "scaling_mosei_2xnvidia_h100_gpu.json"]
 
 
 def test_collected_records_replace_older_ones_of_the_same_kind_and_device(tmp_path):
