@@ -1,10 +1,16 @@
 import pathlib
 
+import jax
 import pytest
 
 from cmamba_jax.errors import UserError
 from cmamba_jax.results import records
 from cmamba_jax.train.runs import read_json, write_json
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backend_has_read_its_flags():
+    jax.devices()
 
 
 def test_head(monkeypatch):
