@@ -62,6 +62,23 @@ def test_random_cases(name, index):
     suite.test_forward_and_every_gradient(functools.partial(scan_and_vjp, name), case)
 
 
+# What the benchmarks measure, shorter: nothing masked or reset, one or several slabs of states, wide and narrow blocks.
+MEASURED = {"dtype": "bfloat16", "skip": True, "gate": True, "dt_bias": True}
+MEASURED_CASES = [
+    Case(M=3, B=32, L=50, D=256, N=64, **MEASURED),
+    Case(M=3, B=16, L=140, D=640, N=16, **MEASURED),
+    Case(M=3, B=4, L=300, D=1024, N=16, **MEASURED),
+    Case(M=3, B=1, L=2100, D=128, N=16, **MEASURED),
+    Case(M=1, B=4, L=1, D=26, N=64, coupling="independent", skip=True, gate=True, dt_bias=True),
+]
+
+
+@pytest.mark.parametrize("name", USABLE)
+@pytest.mark.parametrize("case", MEASURED_CASES, ids=str)
+def test_cases_like_those_of_the_benchmarks(name, case):
+    suite.test_forward_and_every_gradient(functools.partial(scan_and_vjp, name), case)
+
+
 @pytest.mark.parametrize("name", USABLE)
 def test_same_bits_twice(name):
     case = Case(M=3, B=2, L=300, D=128, N=16, dtype="bfloat16", **suite.EVERYTHING)
