@@ -344,7 +344,7 @@ def test_sweep_and_results(call, fails, config_file, tmp_path, monkeypatch):
     assert lines[1:] == ["RESULTS.md: 1 tables, 1 configurations not run", "README.md: 1 tables"]
     assert "| tiny_sweep | loss: coupling full " in (tmp_path / "README.md").read_text()
     text = (tmp_path / "RESULTS.md").read_text()
-    assert f"`cmamba sweep {config_file} --grid model.coupling=full --train.epochs 1 " in text
+    assert f"cmamba sweep {config_file} --grid model.coupling=full --train.epochs 1 " in text
     assert "| coupling full |" in text and "| `configs/other.py` | 81.8 |" in text
     assert "has no rows: give fields to vary" in fails("sweep", config_file)
     assert "--grid: expected FIELD=VALUE,VALUE" in fails("sweep", config_file, "--grid", "model.d_state")

@@ -155,7 +155,7 @@ def test_results_list_what_was_run_and_what_was_not(plan, fits, tmp_path):
     assert all("settings" not in row for row in found[0]["rows"])
     assert sweeps.write_results(found, configs, tmp_path / "RESULTS.md") == (1, 2)
     run_here, not_run = (tmp_path / "RESULTS.md").read_text().split("## Not run here")
-    assert "### table" in run_here and "`cmamba sweep x.py`; 2 seeds a row" in run_here
+    assert "### table" in run_here and "cmamba sweep x.py`; 2 seeds a row" in run_here
     assert "| accuracy, epoch chosen on test | paper |" in run_here and "| 85.0 | 81.8 |" in run_here
     assert "| `configs/b.py` | d_state 64: 85.6 |" in not_run and "| `c.py` | Table 1: 85.6 |" in not_run
     assert f"\n{plan.note}\n" in run_here
