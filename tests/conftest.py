@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Hundreds of tiny programs are compiled and hardly run: leaving out LLVM's optimisations halves the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Threads of XLA's pool, however few cores there are: warpgroups of an interpreted kernel wait for each other in them.
+os.environ.setdefault("NPROC", "8")
 # Eight simulated devices, for the tests of meshes; what names no device uses the first.
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 

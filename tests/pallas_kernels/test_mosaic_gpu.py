@@ -45,10 +45,14 @@ WHOLE = [
     Case(M=2, B=1, L=16, D=64, N=16, **EVERYTHING),
     # Several slabs of states.
     Case(M=2, B=1, L=16, D=64, N=20, coupling="full", readout="shared", **EVERYTHING),
+    # On the tensor cores.
+    Case(M=4, B=1, L=16, D=64, N=16, dtype="bfloat16", readout="shared", **EVERYTHING),
 ]
 RAGGED = [
     Case(M=1, B=2, L=8, D=5, N=4, dtype="bfloat16", coupling="independent", dt_softplus=False, reverse=True),
     Case(M=2, B=1, L=19, D=70, N=16, **EVERYTHING),
+    # On the tensor cores.
+    Case(M=3, B=2, L=19, D=70, N=12, dtype="bfloat16", **EVERYTHING),
 ]
 needs_ragged_copies = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the interpreter of JAX 0.10 drops copies that reach beyond an array"
@@ -61,11 +65,13 @@ def test_forward_and_every_gradient(case):
 
 
 @needs_ragged_copies
-@pytest.mark.parametrize("coupling", ["shared", "independent"])
-def test_time_in_chunks_and_stretches(coupling, monkeypatch):
+@pytest.mark.parametrize(
+    ("coupling", "dtype"), [("shared", "float32"), ("shared", "bfloat16"), ("independent", "float32")]
+)
+def test_time_in_chunks_and_stretches(coupling, dtype, monkeypatch):
     monkeypatch.setattr(backward, "SAVE", 16)
     monkeypatch.setattr(Plan, "chunks", property(lambda plan: 2))
-    case = Case(M=2, B=1, L=53, D=3, N=4, coupling=coupling, **EVERYTHING)
+    case = Case(M=2, B=1, L=53, D=3, N=4, coupling=coupling, dtype=dtype, **EVERYTHING)
     assert Plan.of(Problem(**make_inputs(case))).chunk_steps(16) == 32
     jax.clear_caches()
     suite.test_forward_and_every_gradient(scan_and_vjp, case)
@@ -97,7 +103,8 @@ def test_narrow_blocks_where_wide_ones_leave_multiprocessors_idle():
 
     assert channels(B=16, L=2048) == (64, 64)
     assert channels(B=4, L=4096) == (32, 64)
-    assert channels(B=4, L=4096, N=32) == (64, 64)
+    assert channels(B=4, L=4096, N=32) == (32, 64)
+    assert channels(B=4, L=4096, D=32) == (64, 64)
     assert channels(B=1, L=65_536) == (64, 64)
     assert channels(B=1, L=65_536, coupling="full") == (32, 64)
 

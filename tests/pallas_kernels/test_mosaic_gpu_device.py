@@ -70,6 +70,11 @@ MEASURED_CASES = [
     Case(M=3, B=4, L=300, D=1024, N=16, **MEASURED),
     Case(M=3, B=1, L=2100, D=128, N=16, **MEASURED),
     Case(M=1, B=4, L=1, D=26, N=64, coupling="independent", skip=True, gate=True, dt_bias=True),
+    # Tiles that are contiguous in device memory and end beyond a sample.
+    Case(M=1, B=7, L=21, D=64, N=16, coupling="independent", skip=True, gate=True, dt_bias=True),
+    # More modalities than the tensor cores take at once, states that do not fill a slab.
+    Case(M=5, B=2, L=77, D=200, N=20, mask=True, reset=True, **MEASURED),
+    Case(M=4, B=9, L=50, D=1024, N=4, readout="shared", mask=True, initial_state=True, **MEASURED),
 ]
 
 

@@ -1,12 +1,15 @@
 """The coupled scan as Pallas kernels for NVIDIA GPUs of the Hopper generation and newer, forward and backward.
 
-vjp.py       problem -> arrays of the kernels -> results; the derivative rule
-plan.py      sizes, layouts over the threads, and the rule that cuts time into chunks
-tile.py      what the kernels do alike: loads, elementwise maths, one step, sums over channels
-forward.py   the forward kernel, and how a kernel is launched
-backward.py  the backward kernel
-sums.py      its running sums of the parameters' gradients
-chunks.py    what enters chunks of time that run at once
+vjp.py             problem -> arrays of the kernels -> results; the derivative rule
+plan.py            sizes, layouts over the threads, and the rules that cut time into chunks and choose a forward kernel
+tile.py            what the kernels do alike: loads, elementwise maths, one step
+warp.py            the same below Pallas: vectors of a thread, products and sums on the tensor cores
+forward.py         the forward kernel, and how a kernel is launched
+forward_tensor.py  the forward kernel and the summary of chunks on the tensor cores: the paper's case in bfloat16
+pairs.py           its pairs of warpgroups
+backward.py        the backward kernel
+sums.py            its running sums of the parameters' gradients
+chunks.py          what enters chunks of time that run at once
 
 Axes: M modality, B batch, L time, D channel, N state; S chains (1 for `shared`: H = SUM_m h^m, else M).
 
@@ -20,6 +23,14 @@ and step (softplus, dt x, gates, skip, all conversions) is done with every eleme
 through shared memory as float32; so the scan's inner loop is 6.3 instructions for each state and modality, one of them
 the exponential: exp2(dt A' + log2 g), a product with the state and one with B, a sum into H, one into y.
 
+**On the tensor cores** (`shared`, bfloat16, up to 16 states and 4 modalities). A thread has 4 states of 2 neighbouring
+channels, four neighbouring threads the 16 states of a channel: what the instruction m16n8k8 takes as A and gives as
+result. The sum of u_m B_m over the modalities, of rank M, is two products, the sum of C_m g_m a_m H over the states two
+for each m; u_m SUM_n B_mn C_mn is added where y is gated. Left are 4 instructions for each state and modality, 121 in
+all instead of 165 for 24 of them. Factors have 11 bits: B and C are exact in them, u is rounded, g a H is cut off.
+A pair of warpgroups shares the work: one only scans, the other prepares and finishes tiles (`pairs`); two pairs make
+a block, so that registers can be moved to those that scan.
+
 **Where things live.** Registers: the states, A and log g of the thread, in the backward pass also the running sums of
 dA and d(log g). Shared memory: tiles in flight, the tile's dt, dt x, B and C, halves of y; backwards the state entering
 each step of a tile and the partial sums of dx, ddt and y. Device memory: arguments and results, the state entering
@@ -28,18 +39,23 @@ the backward pass), and sums of dB and dC for each group of 64 channels. Nothing
 
 **Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
 each chunk's end state from zero and the product of its decays, a prefix over the chunks gives the entering states. The
-one chain H of `shared` makes that one product a state, whatever M is. Forwards, blocks of 32 channels and 4 states a
-thread save that pass where they fill the chip (`Plan.forward`): S3 0.60 ms instead of 0.72.
+one chain H of `shared` makes that one product a state, whatever M is. Forwards, blocks of 32 channels save that pass
+where they fill the chip (`Plan.forward`): S3 0.54 ms instead of 0.74.
 
-**What binds, and what was tried** (S2 on an H100, ms, unless said). Forward: 213 instructions a thread and step, 28 of
-them on the special-function unit, which takes eight times as long for one: both are near their limit.
+**Copies out** of a tile that is contiguous in device memory become plain copies in Pallas, which stop neither at the
+end of a sample nor at that of its channels. `Plan.rows` and `Plan.forward` keep such tiles from reaching beyond.
 
-- A thread with 8 states, loads after stores 0.87, loads first 0.74, all 8 steps of a tile unrolled and loads one step
-  ahead 0.70 to 0.76 (kept).
-- 4 states a thread and twice the warps: 0.73, more instructions eat what latency gains.
-- Preparing the next tile and finishing the last one between the steps, one barrier a tile instead of two: 4% more
-  instructions, 8% slower (S3).
-- B and C as 16 bits from shared memory: half the bytes, a fifth more instructions, 5 to 7% slower (S3, S4).
+**What binds, and what was tried** (S2 on an H100, ms, unless said). Forward: 28 of 190 instructions a thread and step
+are the special-function unit's, which takes eight times as long for one: it is busy for 74% of the time, the schedulers
+for 63%.
+
+- The scan without tensor cores (`forward`, still that of the other cases): 0.80; S3 0.60, S4 2.82.
+- Tensor cores, but the same warps prepare, scan and finish: 0.79; S3 0.71, S4 2.9. Warps wait instead of counting.
+- One warpgroup scans, another prepares and finishes: 0.77; S3 0.54, S4 2.67, with the summary too 2.54 (kept).
+- Two of the 24 powers of two a step by a polynomial instead of the special-function unit: 0.79, four 0.83, six 0.85.
+- The logarithm of softplus by a polynomial: 0.79; S3 0.56.
+- Twice as many chunks: S4 2.57.
+- In `forward`: B and C as 16 bits from shared memory, 5 to 7% slower; one barrier a tile instead of two, 8% (S3).
 
 Backward: 456 instructions a thread and step, and 240 more to find the states again, twice.
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, THREADS, Plan, projection_layout
 from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
@@ -39,7 +40,7 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "dy": smem(large, plan.dtype),
         "B": projections,
         "C": projections,
-        "projections": smem((steps, 2 * m, SLAB), F32),
+        "projections": smem((steps, 2, m, SLAB), F32),
         "step": smem((steps, m, channels), F32),
         "u": smem((steps, m, channels), F32),
         "ybar": smem((steps, m, channels), F32),
@@ -68,21 +69,21 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         chunk: steps a chunk.
 
     Returns:
-        "dx", "ddt", "dz" [M, B, L, D]; for each channel group "dprojections" [groups, B, L', 2 M, slabs, SLAB] (B and
-        C by turns); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, SLAB, D'], "drows"
+        "dx", "ddt", "dz" [M, B, rows, D]; for each channel group "dprojections" [groups, 2, M, B, L', slabs, SLAB] (B,
+        then C); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, SLAB, D'], "drows"
         [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, lanes, D'];
         "dstate" [chunks, S, B, slabs, SLAB, D'], the adjoint that leaves a chunk at its start.
     """
     tiling = steps, part = choose_tiling(plan)
     chunks, *state = arrays["adjoint"].shape
     padded = state[-1]
-    large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype)
+    large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.rows, plan.D), plan.dtype)
     parameters = (chunks, plan.B, plan.M, plan.slabs, SLAB, padded)
     out = {
         "dx": large,
         "ddt": large,
         "dprojections": jax.ShapeDtypeStruct(
-            (plan.groups, plan.B, -(-plan.L // steps) * steps, 2 * plan.M, plan.slabs, SLAB), plan.dtype
+            (plan.groups, 2, plan.M, plan.B, -(-plan.L // steps) * steps, plan.slabs, SLAB), plan.dtype
         ),
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
@@ -134,7 +135,8 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         @pl.when(item < items)
         def _() -> None:
             s, k, _ = tile_of(item)
-            fw.fetch(plan, inp, scr, columns, first + (s * stretch + k) * steps, lax.rem(item, fw.STAGES), steps)
+            slot, start = lax.rem(item, fw.STAGES), first + (s * stretch + k) * steps
+            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, start, slot, steps)
 
     lax.fori_loop(0, fw.STAGES, lambda item, _: fetch_item(item), None)
 
@@ -180,7 +182,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
             entering = tl.reset_state(plan, scr, slot, t, state)
             if note:
                 for s in range(plan.S):
-                    tl.save_thread(plan, scr["history"].at[t, s], entering[s])
+                    warp.save_thread(plan, scr["history"].at[t, s], entering[s])
             after = tl.advance(plan, constants, entering, fw.spread_step(plan, loaded))[1]
             return tl.hold_state(plan, scr, slot, t, entering, after), following
 
@@ -192,7 +194,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         """Step t backwards; `adjoint` is the gradient of the state after it."""
         now = fw.spread_step(plan, fw.load_step(plan, scr, t))
         ybar = [tl.spread_channels(plan, tl.load_channels(plan, scr["ybar"].at[t, m])) for m in m_range]
-        before = [tl.load_thread(plan, scr["history"].at[t, s]) for s in range(plan.S)]
+        before = [warp.load_thread(plan, scr["history"].at[t, s]) for s in range(plan.S)]
         passed = adjoint
         if plan.masked and plan.coupling != "independent":
             idle = scr["flags"][slot, t, plan.M]
@@ -229,7 +231,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 products_C.append(ybar[m] * read[m][i])
             flows.append(flow)
             results.append((d_exponent, d_u, y))
-            tl.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
+            warp.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
         if plan.coupling == "full":
             for m in m_range:
                 for j in m_range:
@@ -295,8 +297,8 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         for m in m_range:
             for k in range(2):
                 pieces = [tl.load(scr["sums"].at[:, m, w, k], projection_layout(part)) for w in range(4)]
-                target = out["dprojections"].at[lax.axis_index("group"), b, rows]
-                tl.store(target.at[:, 2 * m + k, slab], tl.total(pieces).astype(plan.dtype))
+                target = out["dprojections"].at[lax.axis_index("group"), k, m, b, rows, slab]
+                tl.store(target, tl.total(pieces).astype(plan.dtype))
 
     def forward_item(k: Any, item: Any) -> None:
         slot = lax.rem(item, fw.STAGES)

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import forward_tensor
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
@@ -50,13 +51,16 @@ def _run(
     plan: Plan, arrays: dict[str, jax.Array], chunk: int, count: int, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     """P and R of the first `count` chunks (`reverse`: of all but the first)."""
+    if plan.threads.tensor:
+        result = forward_tensor.summarise(plan, arrays, chunk, count)
+        return result["product"], result["rest"]
     m, smem = plan.M, jax.ShapeDtypeStruct
     large = smem((fw.STAGES, m, STEPS, plan.threads.channels), plan.dtype)
     projection = "C" if reverse else "B"
     scratch = {name: large for name in ("x", "dt", "z", "dy") if name in arrays}
     scratch |= {
         projection: smem((fw.STAGES, m, STEPS, plan.slabs, SLAB), plan.dtype),
-        "projections": smem((STEPS, 2 * m, SLAB), F32),
+        "projections": smem((STEPS, 2, m, SLAB), F32),
         "step": smem((STEPS, m, plan.threads.channels), F32),
         "u": smem((STEPS, m, plan.threads.channels), F32),
     }
@@ -86,7 +90,8 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
     def fetch_tile(n: Any) -> None:
         @pl.when(n < tiles)
         def _() -> None:
-            fw.fetch(plan, inp, scr, columns, start(n), lax.rem(n, fw.STAGES), STEPS)
+            slot = lax.rem(n, fw.STAGES)
+            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, start(n), slot, STEPS)
 
     lax.fori_loop(0, fw.STAGES, lambda n, _: fetch_tile(n), None)
 

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import interpreted
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SHARED_MEMORY, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
@@ -36,12 +37,13 @@ def choose_tiling(
     """
     for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY - 1024):
         for steps, part in choices:
-            if sum(map(_bytes, scratch(plan, steps, part).values())) <= budget:
+            if sum(map(size, scratch(plan, steps, part).values())) <= budget:
                 return steps, part
     raise ValueError(f"no tile fits into shared memory: {plan}")
 
 
-def _bytes(ref: Any) -> int:
+def size(ref: Any) -> int:
+    """Bytes."""
     return math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
 
 
@@ -56,7 +58,7 @@ def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "dt": smem(large, plan.dtype),
         "B": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
         "C": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
-        "projections": smem((steps, 2 * m, SLAB), F32),
+        "projections": smem((steps, 2, m, SLAB), F32),
         "step": smem((steps, m, channels), F32),
         "u": smem((steps, m, channels), F32),
         "parts": smem((steps, m, threads.lanes, threads.padded), F32),
@@ -82,11 +84,11 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
         save: steps between saved states; None: save nothing.
 
     Returns:
-        "y" [M, B, L, D], "final" [S, B, slabs, SLAB, D'], and "saved" [L / save, S, B, ...] if asked for.
+        "y" [M, B, rows, D], "final" [S, B, slabs, SLAB, D'], and "saved" [L / save, S, B, ...] if asked for.
     """
     state = arrays["state"].shape[1:]
     out = {
-        "y": jax.ShapeDtypeStruct((plan.M, plan.B, plan.L, plan.D), plan.dtype),
+        "y": jax.ShapeDtypeStruct((plan.M, plan.B, plan.rows, plan.D), plan.dtype),
         "final": jax.ShapeDtypeStruct(state, F32),
     }
     if save:
@@ -123,8 +125,8 @@ def launch(
     """
     names, shared = [*arrays, *out], shared_memory(plan, *tiling)
     split = (plan.threads.lanes, plan.threads.rows)
-    arrays = {k: _reshape(v, k, split) for k, v in arrays.items()}
-    types = {k: jax.ShapeDtypeStruct(_split(v.shape, k, split), v.dtype) for k, v in out.items()}
+    arrays = {k: reshape_states(v, k, split) for k, v in arrays.items()}
+    types = {k: jax.ShapeDtypeStruct(split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
     copies = sum(key in shared for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
@@ -151,15 +153,17 @@ def launch(
     return {k: v.reshape(out[k].shape) for k, v in zip(out, results, strict=True)}
 
 
-def _split(shape: tuple[int, ...], name: str, split: tuple[int, int]) -> tuple[int, ...]:
+def split_states(shape: tuple[int, ...], name: str, split: tuple[int, int]) -> tuple[int, ...]:
+    """A shape as the kernels see it."""
     if name not in STATES:
         return shape
     axis = len(shape) + STATES[name]
     return (*shape[:axis], *split, *shape[axis + 1 :])
 
 
-def _reshape(values: jax.Array, name: str, split: tuple[int, int]) -> jax.Array:
-    return values.reshape(_split(values.shape, name, split))
+def reshape_states(values: jax.Array, name: str, split: tuple[int, int]) -> jax.Array:
+    """An array as the kernels see it."""
+    return values.reshape(split_states(values.shape, name, split))
 
 
 def my_columns(plan: Plan) -> Any:
@@ -167,10 +171,11 @@ def my_columns(plan: Plan) -> Any:
     return pl.ds(lax.axis_index("group") * plan.threads.channels, plan.threads.channels)
 
 
-def fetch(plan: Plan, inp: Refs, scr: Refs, columns: Any, start: Any, slot: Any, steps: int) -> None:
-    """Starts the copies of a tile to shared memory; what lies beyond the arrays arrives as zeros."""
-    b = lax.axis_index("sample")
-    arrived, rows = scr["arrived"].at[slot], pl.ds(start, steps)
+def fetch(
+    plan: Plan, inp: Refs, scr: Refs, arrived: Any, b: Any, columns: Any, start: Any, slot: Any, steps: int
+) -> None:
+    """Starts the copies of a tile of sample b to shared memory; what lies beyond the arrays arrives as zeros."""
+    rows = pl.ds(start, steps)
     for key in ("x", "dt", "z", "dy"):
         if key in scr:
             plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows, columns], scr[key].at[slot], arrived)
@@ -196,21 +201,39 @@ def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, ste
         out.append((dt, dt * tl.keep(here, tl.load_rows(plan, scr["x"].at[slot, m], steps))))
     for m, (dt, u) in enumerate(out):
         tl.store(scr["step"].at[:, m, :], dt)
-        tl.store(scr["u"].at[:, m, :], u)
+        tl.store(scr["u"].at[:, m, pl.ds(0, plan.threads.channels)], tl.round_factor(plan, u))
+
+
+def finish_steps(
+    plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int, read: Callable[[int], jax.Array]
+) -> None:
+    """The output of a tile from what each modality reads, `read(m)` [steps, channels]: skip and gate."""
+    results = []
+    for m in range(plan.M):
+        y, here = read(m), present(plan, scr, slot, m, steps)
+        if plan.skip:
+            x = tl.keep(here, tl.load_rows(plan, scr["x"].at[slot, m], steps))
+            y = y + tl.over_steps(plan, inp["skip"].at[m, columns], steps) * x
+        if plan.gate:
+            z = tl.load_rows(plan, scr["z"].at[slot, m], steps)
+            y = y * (z * tl.sigmoid(plan, z))
+        results.append(tl.keep(here, y).astype(plan.dtype))
+    for m, y in enumerate(results):
+        tl.store(scr["out"].at[m], y)
 
 
 def load_step(plan: Plan, scr: Refs, t: Any, *, B: bool = True, C: bool = True) -> list[tuple]:
     """dt and u of one step, before they are spread, and B and C."""
 
-    def projection(row: int) -> list[jax.Array]:
-        return tl.load_projection(plan, scr["projections"].at[t, row])
+    def projection(k: int, m: int) -> list[jax.Array]:
+        return warp.load_projection(plan, scr["projections"].at[t, k, m])
 
     return [
         (
             tl.load_channels(plan, scr["step"].at[t, m]),
             tl.load_channels(plan, scr["u"].at[t, m]),
-            projection(2 * m) if B else [],
-            projection(2 * m + 1) if C else [],
+            projection(0, m) if B else [],
+            projection(1, m) if C else [],
         )
         for m in range(plan.M)
     ]
@@ -261,7 +284,8 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
     def fetch_tile(n: Any) -> None:
         @pl.when(n < tiles)
         def _() -> None:
-            fetch(plan, inp, scr, columns, first + n * steps, lax.rem(n, STAGES), steps)
+            slot = lax.rem(n, STAGES)
+            fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, first + n * steps, slot, steps)
 
     lax.fori_loop(0, STAGES, lambda n, _: fetch_tile(n), None)
 
@@ -298,22 +322,6 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         state, _ = walk_steps(here, min(8, steps), step, (state, load_step(plan, scr, 0)))
         return state
 
-    def finish(n: Any) -> None:
-        slot = lax.rem(n, STAGES)
-        results = []
-        for m in range(plan.M):
-            y = tl.load_parts(plan, scr["parts"], m, steps)
-            here = present(plan, scr, slot, m, steps)
-            if plan.skip:
-                x = tl.keep(here, tl.load_rows(plan, scr["x"].at[slot, m], steps))
-                y = y + tl.over_steps(plan, inp["skip"].at[m, columns], steps) * x
-            if plan.gate:
-                z = tl.load_rows(plan, scr["z"].at[slot, m], steps)
-                y = y * (z * tl.sigmoid(plan, z))
-            results.append(tl.keep(here, y).astype(plan.dtype))
-        for m, y in enumerate(results):
-            tl.store(scr["out"].at[m], y)
-
     def prepare(n: Any) -> None:
         slot = lax.rem(n, STAGES)
         plgpu.barrier_wait(scr["arrived"].at[slot])
@@ -338,7 +346,9 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             lax.fori_loop(0, plan.slabs, one, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         tl.sync()
-        finish(n)
+        finish_steps(
+            plan, inp, scr, columns, lax.rem(n, STAGES), steps, lambda m: tl.load_parts(plan, scr["parts"], m, steps)
+        )
 
         @pl.when(n + 1 < tiles)
         def _() -> None:

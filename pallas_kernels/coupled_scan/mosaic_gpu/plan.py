@@ -37,12 +37,15 @@ class Threads:
     """How the threads of a block share its channels and the SLAB states of each.
 
     Attributes:
-        lanes: threads of a warp that share a channel; a thread has `rows` of its states.
-        vector: channels of a thread.
+        lanes: threads of a warp that share a channel, 2 or 4; a thread has `rows` of its states. Four lanes are
+            neighbours, which makes of a warp's channels and states what the tensor cores take and give.
+        vector: neighbouring channels of a thread.
+        tensor: whether the tensor cores take the products with B and C: they see 11 bits of a factor.
     """
 
     lanes: int = 2
     vector: int = 1
+    tensor: bool = False
 
     @property
     def channels(self) -> int:
@@ -60,6 +63,11 @@ class Threads:
         return self.channels + self.channels // 4
 
     @property
+    def strip(self) -> int:
+        """Distance of the rows of modalities that a warp reads or writes at once, without bank conflicts."""
+        return self.channels + 8
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[lanes, channels]; a state is a list of `rows` arrays of this shape."""
         return self.lanes, self.channels
@@ -67,7 +75,8 @@ class Threads:
     @property
     def layout(self) -> Any:
         """Of [lanes, channels]: warps and lanes over channels, lanes over states."""
-        return _tiled((self.shape, (self.channels // 4,), (self.vector,)), (-3,), (-4, -2), -1)
+        order = (-4, -2) if self.lanes == 2 else (-2, -4)
+        return _tiled((self.shape, (self.channels // 4,), (self.vector,)), (-3,), order, -1)
 
     def over_steps(self, steps: int) -> Any:
         """Layout of [steps, channels], every element in one thread: for what is done once a channel and step."""
@@ -76,6 +85,14 @@ class Threads:
         if warp == 1:
             return _tiled(((4, self.channels), (vector,)), (-3,), (-2,), -1)
         return _tiled(((4 * warp, self.channels), (warp, self.channels), (vector,)), (-5,), (-3, -2), -1)
+
+
+NARROW = Threads(lanes=4)
+"""Of the forward pass where there are few blocks."""
+TENSOR, NARROW_TENSOR = Threads(lanes=4, vector=2, tensor=True), Threads(lanes=4, tensor=True)
+"""Of the forward pass on the tensor cores."""
+FACTOR_LAYOUT = _tiled(((4, SLAB), (2,)), (plgpu.Replicated(4),), (-2, -3), -1)
+"""[4, SLAB], four modalities of B as the tensor cores take them."""
 
 
 def projection_layout(steps: int) -> Any:
@@ -145,6 +162,15 @@ class Plan:
         return -(-self.N // SLAB)
 
     @property
+    def rows(self) -> int:
+        """Steps of y, dx, ddt and dz in device memory.
+
+        Where a tile of one sample is contiguous, Pallas makes of its copy a plain one, which does not stop at the end
+        of the sample and would overwrite the next one; then the arrays have whole tiles.
+        """
+        return -(-self.L // 16) * 16 if self.M == 1 and self.D <= WIDEST else self.L
+
+    @property
     def groups(self) -> int:
         """Blocks of channels."""
         return self.padded // self.threads.channels
@@ -173,21 +199,23 @@ class Plan:
         M x M matrices and is never cut.
         """
         blocks = self.B * self.groups
-        if self.coupling == "full" or self.threads != Threads() or blocks > MULTIPROCESSORS:
+        if self.coupling == "full" or self.threads.channels < WIDEST or blocks > MULTIPROCESSORS:
             return 1
         return max(1, min(2 * MULTIPROCESSORS // blocks, self.L // 256))
 
     def forward(self) -> "Plan":
         """The plan of the forward pass: with few blocks, more and narrower ones rather than chunks of time.
 
-        Twice the threads share the states of a channel. One such block a multiprocessor takes as long as chunks of
-        wide blocks that fill a third of them, their summaries included. With several slabs of states they are not
-        used: one of the tests on an H100 failed with them (zeros for one sample's y), and the reason is not known.
+        One such block a multiprocessor takes as long as chunks of wide blocks that fill a third of them, their
+        summaries included.
         """
         blocks = self.B * self.groups
-        if self.slabs > 1 or blocks > MULTIPROCESSORS or (self.chunks > 1 and 3 * blocks <= MULTIPROCESSORS):
-            return self
-        return dataclasses.replace(self, threads=Threads(lanes=4))
+        tensor = self.coupling == "shared" and self.dtype == jnp.bfloat16 and self.slabs == 1 and self.M <= 4
+        few = blocks <= MULTIPROCESSORS and not (self.chunks > 1 and 3 * blocks <= MULTIPROCESSORS)
+        # A narrow block beyond D would not be stopped by a plain copy, see `rows`.
+        if not few or NARROW.channels >= self.D:
+            return dataclasses.replace(self, threads=TENSOR) if tensor else self
+        return dataclasses.replace(self, threads=NARROW_TENSOR if tensor else NARROW)
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""

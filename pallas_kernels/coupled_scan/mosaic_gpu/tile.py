@@ -9,10 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast, load, store
@@ -72,10 +70,14 @@ def over_channels(plan: Plan, ref: Any, steps: int) -> Array:
 
 
 def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int) -> None:
-    """B and C of a slab as float32 [steps, 2 M, SLAB]; zero where masked, whatever they hold."""
+    """B and C of a slab as float32 [steps, 2, M, SLAB]; zero where masked, whatever they hold.
+
+    And, where there is room for "BC", SUM_n B_n C_n of the slab, [M, steps].
+    """
     layout = projection_layout(steps)
     for m in range(plan.M):
-        for row, name in ((2 * m, "B"), (2 * m + 1, "C")):
+        both = []
+        for k, name in enumerate("BC"):
             if name not in inp:
                 continue
             values = load(scr[name].at[slot, m, :, slab], layout).astype(F32)
@@ -83,7 +85,10 @@ def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, 
                 present = load(scr["flags"].at[slot, :, m], layout.reduce(1))
                 present = lax.broadcast_in_dim(present, values.shape, (0,))
                 values = jnp.where(layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
-            store(scr["projections"].at[:, row], values)
+            store(scr["projections"].at[:, k, m], values)
+            both.append(values)
+        if "BC" in scr:
+            store(scr["BC"].at[m], jnp.sum(both[0] * both[1], axis=1))
 
 
 def softplus(plan: Plan, values: Array) -> Array:
@@ -116,6 +121,14 @@ def step_size(plan: Plan, raw: Array, bias: Array, present: Array | None) -> Arr
     if plan.dt_softplus:
         values = softplus(plan, values)
     return values if present is None else jnp.where(present > 0, values, jnp.zeros_like(values))
+
+
+def round_factor(plan: Plan, values: Array) -> Array:
+    """What the tensor cores, which cut off 13 bits, see without bias."""
+    if not plan.threads.tensor or plan.interpret:
+        return values
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    return lax.bitcast_convert_type(bits + 4096, F32)
 
 
 def keep(present: Array | None, values: Array) -> Array:
@@ -223,173 +236,3 @@ def add_slab(plan: Plan, ref: Any, value: Array, slab: Any) -> None:
 def sync() -> None:
     """Waits for the other warps of the block; what they wrote to shared memory can be read, and copied away."""
     plgpu.commit_smem()
-
-
-def save_thread(plan: Plan, ref: Any, state: list[Array]) -> None:
-    """Stores a state so that each thread finds its own values again, [rows / 4, THREADS, 4]."""
-    rows = plan.threads.rows
-    if plan.interpret:
-        ref[...] = jnp.stack(state).reshape(rows // 4, 4, -1).transpose(0, 2, 1)
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plan.threads.layout] * rows))
-    def write(ctx: Any, target: Any, *arrays: Any) -> None:
-        del ctx
-        for k in range(0, rows, 4):
-            _store_vector(target, [_constant(k // 4), _thread(), _constant(0)], [_value(a) for a in arrays[k : k + 4]])
-
-    write(ref, *state)
-
-
-def load_thread(plan: Plan, ref: Any) -> list[Array]:
-    """The inverse of `save_thread`."""
-    rows = plan.threads.rows
-    if plan.interpret:
-        values = ref[...].transpose(0, 2, 1).reshape(rows, *plan.threads.shape)
-        return [values[i] for i in range(rows)]
-    return _load_vectors(plan, ref, lambda k: [_constant(k), _thread(), _constant(0)])
-
-
-def load_projection(plan: Plan, ref: Any) -> list[Array]:
-    """One step's B or C, a reference [SLAB] -> a list of `rows` arrays [lanes, channels]."""
-    threads = plan.threads
-    if plan.interpret:
-        values = ref[...].reshape(threads.lanes, threads.rows)
-        return [lax.broadcast_in_dim(values[:, i], threads.shape, (0,)) for i in range(threads.rows)]
-
-    def position(k: int) -> list[Any]:
-        _, arith, _, _ = _dialects()
-        lane = arith.shrui(arith.andi(_thread(), _constant(31)), _constant((32 // threads.lanes).bit_length() - 1))
-        return [arith.addi(arith.muli(lane, _constant(threads.rows)), _constant(4 * k))]
-
-    return _load_vectors(plan, ref, position)
-
-
-def _load_vectors(plan: Plan, ref: Any, position: Callable[[int], list[Any]]) -> list[Array]:
-    """`rows` numbers of each thread, four at a time from `position(0)`, `position(1)` and so on.
-
-    The compiler would not always see that they are neighbours.
-    """
-    threads = plan.threads
-    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[like] * threads.rows)
-    def read(ctx: Any, source: Any) -> list[Any]:
-        del ctx
-        ir, _, _, vector = _dialects()
-        f32 = ir.F32Type.get()
-        register = ir.VectorType.get((threads.vector,), f32)
-        layout, arrays = threads.layout.to_mgpu(), []
-        for k in range(threads.rows // 4):
-            row = vector.load(ir.VectorType.get((4,), f32), source, [_index(v) for v in position(k)])
-            for j in range(4):
-                registers = np.empty(layout.registers_shape(threads.shape), dtype=object)
-                registers[...] = vector.broadcast(register, _element(row, j))
-                arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
-        return arrays
-
-    return list(read(ref))
-
-
-def sum_channels(plan: Plan, products: list[Array], ref: Any) -> None:
-    """Sums 2 * rows arrays [lanes, channels] over the channels of each warp, into a reference [4, 2, SLAB].
-
-    The tensor cores do most of it: a product of a matrix with ones adds four lanes, for four arrays in one
-    instruction; by shuffles alone it would take 7.5 instructions for each array. With float32 inputs a second pass
-    adds what they cut off (13 of 24 bits).
-
-    Args:
-        plan: the plan, whose `threads` are the default ones.
-        products: the arrays.
-        ref: where the sums go; axis 0 counts the warps.
-    """
-    threads, exact = plan.threads, plan.dtype != jnp.bfloat16
-    if plan.interpret:
-        stacked = jnp.stack(products).reshape(2, threads.rows, threads.lanes, 4, threads.channels // 4)
-        ref[...] = jnp.transpose(jnp.sum(stacked, axis=4), (3, 0, 2, 1)).reshape(4, 2, -1)
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[threads.layout] * len(products)))
-    def sums(ctx: Any, target: Any, *arrays: Any) -> None:
-        del ctx
-        _sum_over_lanes(target, [_value(a) for a in arrays], exact)
-
-    sums(ref.reshape(4, 2, threads.lanes, threads.rows), *products)
-
-
-def _dialects() -> Any:
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, llvm, vector
-
-    return ir, arith, llvm, vector
-
-
-def _constant(value: int) -> Any:
-    ir, arith, _, _ = _dialects()
-    return arith.constant(ir.IntegerType.get_signless(32), value)
-
-
-def _index(value: Any) -> Any:
-    ir, arith, _, _ = _dialects()
-    return arith.index_cast(ir.IndexType.get(), value)
-
-
-def _thread() -> Any:
-    _, arith, _, _ = _dialects()
-    return arith.andi(mgpu.utils.thread_idx(), _constant(127))
-
-
-def _element(values: Any, k: int) -> Any:
-    ir, _, _, vector = _dialects()
-    return vector.extract(values, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([k]))
-
-
-def _value(array: Any) -> Any:
-    """The one element that this thread has of an array [lanes, channels]."""
-    return _element(array.registers.item(), 0)
-
-
-def _store_vector(target: Any, position: list[Any], values: list[Any]) -> None:
-    ir, _, _, vector = _dialects()
-    row = vector.from_elements(ir.VectorType.get((len(values),), ir.F32Type.get()), values)
-    vector.store(row, target, [_index(p) for p in position])
-
-
-def _sum_over_lanes(target: Any, products: list[Any], exact: bool) -> None:
-    ir, arith, llvm, _ = _dialects()
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    lane, warp = arith.andi(_thread(), _constant(31)), arith.shrui(_thread(), _constant(5))
-    four, within = arith.shrui(lane, _constant(2)), arith.andi(lane, _constant(3))
-    acc = [arith.constant(f32, 0.0)] * 4
-    result_type = llvm.StructType.get_literal([f32] * 4)
-    code = (
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    for quarter in range(4):
-        values = products[4 * quarter : 4 * quarter + 4]
-        # Lane l holds row l // 4, column l % 4 (and + 8, + 4) of A. B sends the sum of columns 0 to 3 to column
-        # 2 quarter of the result and that of 4 to 7 to the next; lane l receives columns 2 (l % 4) and the next.
-        ones = [
-            arith.select(
-                arith.cmpi(arith.CmpIPredicate.eq, four, _constant(2 * quarter + k)),
-                _constant(0x3F800000),
-                _constant(0),
-            )
-            for k in range(2)
-        ]
-        parts = [values]
-        if exact:
-            high = [arith.bitcast(f32, arith.andi(arith.bitcast(i32, v), _constant(-8192))) for v in values]
-            parts = [high, [arith.subf(v, h) for v, h in zip(values, high, strict=True)]]
-        for part in parts:
-            a = [arith.bitcast(i32, part[k]) for k in (0, 2, 1, 3)]
-            constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-            out = llvm.inline_asm(result_type, [*a, *ones, *acc], code, constraints, has_side_effects=False)
-            acc = [llvm.extractvalue(f32, out, [k]) for k in range(4)]
-    # Lane l has arrays 4 (l % 4) to 4 (l % 4) + 3, summed over the lanes of l // 4: add the other groups of its warp.
-    for distance in (4, 8):
-        acc = [arith.addf(v, mgpu.utils.shfl_bfly(v, distance)) for v in acc]
-    shared = arith.shrui(lane, _constant(4))
-    first_row = arith.muli(arith.andi(within, _constant(1)), _constant(4))
-    _store_vector(target, [warp, arith.shrui(within, _constant(1)), shared, first_row], acc)

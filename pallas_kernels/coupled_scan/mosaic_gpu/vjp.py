@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.coupled_scan.mosaic_gpu import backward, chunks, forward
+from pallas_kernels.coupled_scan.mosaic_gpu import backward, chunks, forward, forward_tensor
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LOG2E, SLAB, Plan, pad_axis
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
 
@@ -28,9 +28,10 @@ def _forward(interpret: Any, p: Problem, *, save: bool) -> tuple[ScanOutput, dic
     plan = plan.forward()
     chunk = plan.chunk_steps(backward.SAVE)
     arrays["state"] = chunks.entering(plan, arrays, chunk)
-    out = forward.run(plan, arrays, chunk, backward.SAVE if save else None)
+    run = forward_tensor.run if plan.threads.tensor else forward.run
+    out = run(plan, arrays, chunk, backward.SAVE if save else None)
     final = unpack_state(p, out["final"])
-    y = out["y"][..., : p.x.shape[-1]].astype(p.x.dtype)
+    y = out["y"][:, :, : plan.L, : p.x.shape[-1]].astype(p.x.dtype)
     return ScanOutput(y=y, final_state=final), {k: out[k] for k in out if k == "saved"}
 
 
@@ -136,9 +137,8 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
     def like(value: Array | None, gradient: Array) -> Array | None:
         return None if value is None else gradient.astype(value.dtype)
 
-    projections = jnp.sum(out["dprojections"].astype(F32), axis=0)[:, : plan.L]
-    projections = projections.reshape(plan.B, plan.L, plan.M, 2, -1)[..., :n]
-    projections = jnp.moveaxis(projections, (2, 3), (0, 1))
+    projections = jnp.sum(out["dprojections"].astype(F32), axis=0)
+    projections = projections.reshape(*projections.shape[:-2], -1)[..., : plan.L, :n]
     rows = jnp.sum(out["drows"], axis=(0, 1, 4))[..., :d]
     coupling = p.coupling
     if isinstance(coupling, Shared):
@@ -147,14 +147,14 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
     if isinstance(coupling, Full):
         coupling = Full(jnp.sum(out["dweights"], axis=(0, 1, 4, 5)).astype(coupling.weights.dtype))
     return Problem(
-        x=like(p.x, out["dx"][..., :d]),
-        dt=like(p.dt, out["ddt"][..., :d]),
+        x=like(p.x, out["dx"][:, :, : plan.L, :d]),
+        dt=like(p.dt, out["ddt"][:, :, : plan.L, :d]),
         A=like(p.A, unpack_states(jnp.sum(out["dA"], axis=(0, 1)), d, n)),
-        B=like(p.B, projections[:, 0]),
-        C=like(p.C, projections[:, 1]),
+        B=like(p.B, projections[0]),
+        C=like(p.C, projections[1]),
         coupling=coupling,
         D=like(p.D, rows[0]),
-        z=None if p.z is None else like(p.z, out["dz"][..., :d]),
+        z=None if p.z is None else like(p.z, out["dz"][:, :, : plan.L, :d]),
         dt_bias=like(p.dt_bias, rows[1]),
         mask=None if p.mask is None else _no_gradient(p.mask),
         reset=None if p.reset is None else _no_gradient(p.reset),

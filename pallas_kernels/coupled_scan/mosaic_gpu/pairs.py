@@ -1,0 +1,262 @@
+"""Pairs of warpgroups for one chain H (`shared`) in bfloat16 with up to 16 states and 4 modalities.
+
+Both work on the same channels: one scans a tile, the other prepares the steps of the next tile and finishes those of
+the last one. They hand tiles over through two sets of buffers and two barriers each, "ready" and "scanned".
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._compat import interpreted, layout_cast
+from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
+    F32,
+    FACTOR_LAYOUT,
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    SLAB,
+    Plan,
+    projection_layout,
+)
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
+
+STAGES = 3
+"""Tiles in flight or in use: one that is finished, one that is scanned, one on its way."""
+FACTORS = 4
+"""Modalities that the tensor cores take; those a problem does not have are zero."""
+SCAN_REGISTERS, OTHER_REGISTERS = 176, 80
+"""Of a thread, where four warpgroups share a multiprocessor."""
+
+
+class Pair:
+    """Two warpgroups that walk one chunk of one sample's time for one group of channels."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pairs: int,
+        steps: int,
+        chunk: int,
+        chunks: int,
+        save: int | None,
+        inp: Refs,
+        out: Refs,
+        scr: Refs,
+    ):
+        self.plan, self.pairs, self.steps, self.save, self.inp, self.out = plan, pairs, steps, save, inp, out
+        self.pair, self.scans = lax.rem(lax.axis_index("warpgroup"), pairs), lax.axis_index("warpgroup") < pairs
+        item = lax.axis_index("block") * pairs + self.pair
+        self.exists = item < plan.groups * plan.B * chunks
+        self.b, self.c = lax.rem(item // plan.groups, plan.B), item // (plan.groups * plan.B)
+        self.last = self.c == chunks - 1
+        channels = plan.threads.channels
+        self.columns = pl.ds(lax.rem(item, plan.groups) * channels, channels)
+        self.first = self.c * chunk
+        self.length = jnp.minimum(chunk, plan.L - self.first)
+        self.tiles = (self.length + steps - 1) // steps
+        barriers = ("arrived", "ready", "scanned")
+        self.shared = {k: v.at[self.pair] for k, v in scr.items() if k not in barriers}
+        self.barriers = {k: scr[k] for k in barriers}
+
+    @staticmethod
+    def scratch(plan: Plan, pairs: int, steps: int) -> dict[str, Any]:
+        """What each of `pairs` pairs of warpgroups keeps in shared memory."""
+        m, channels, strip = plan.M, plan.threads.channels, plan.threads.strip
+
+        def smem(*shape: int, dtype: Any = F32) -> Any:
+            return jax.ShapeDtypeStruct((pairs, *shape), dtype)
+
+        large = smem(STAGES, m, steps, channels, dtype=plan.dtype)
+        result = {
+            "x": large,
+            "dt": large,
+            "B": smem(STAGES, m, steps, 1, SLAB, dtype=plan.dtype),
+            "projections": smem(2, steps, 2, FACTORS, SLAB),
+            "step": smem(2, steps, m, channels),
+            "u": smem(2, steps, FACTORS, strip),
+        }
+        if plan.flagged:
+            result["flags"] = smem(STAGES, steps, plan.flags)
+        return result
+
+    def barrier(self, name: str, n: Any) -> Any:
+        """Of tile n."""
+        count = STAGES if name == "arrived" else 2
+        return self.barriers[name].at[self.pair * count + lax.rem(n, count)]
+
+    def tile(self, n: Any) -> Refs:
+        """The shared memory of tile n; what is in flight keeps its axis of stages."""
+        worked = ("projections", "step", "u", "y", "BC")
+        slot = lax.rem(n, 2)
+        return {k: v.at[slot] if k in worked else v for k, v in self.shared.items()}
+
+    def walk(self) -> None:
+        """What a warpgroup does."""
+
+        @pl.when(jnp.logical_and(self.exists, self.scans))
+        def _() -> None:
+            if self.pairs == 2:
+                plgpu.set_max_registers(SCAN_REGISTERS, action="increase")
+            self.scan()
+
+        @pl.when(jnp.logical_and(self.exists, jnp.logical_not(self.scans)))
+        def _() -> None:
+            if self.pairs == 2:
+                plgpu.set_max_registers(OTHER_REGISTERS, action="decrease")
+            self.prepare_and_finish()
+
+    def prepare_and_finish(self) -> None:
+        """Everything that is done once a channel and step."""
+        plan, inp, steps, tiles = self.plan, self.inp, self.steps, self.tiles
+
+        def fetch(n: Any) -> None:
+            @pl.when(n < tiles)
+            def _() -> None:
+                arrived, start = self.barrier("arrived", n), self.first + n * steps
+                fw.fetch(plan, inp, self.shared, arrived, self.b, self.columns, start, lax.rem(n, STAGES), steps)
+
+        def prepare(n: Any) -> None:
+            @pl.when(n < tiles)
+            def _() -> None:
+                scr, slot = self.tile(n), lax.rem(n, STAGES)
+                plgpu.barrier_wait(self.barrier("arrived", n))
+                fw.prepare_steps(plan, inp, scr, self.columns, slot, steps)
+                tl.convert_projections(plan, inp, scr, slot, 0, steps)
+                plgpu.barrier_arrive(self.barrier("ready", n))
+
+        def tile(n: Any, _: None) -> None:
+            prepare(n + 1)
+            plgpu.barrier_wait(self.barrier("scanned", n))
+            self.finish(n)
+            fetch(n + STAGES)
+
+        lax.fori_loop(0, STAGES, lambda n, _: fetch(n), None)
+        for n in range(2):
+            self.clear_factors(self.tile(n))
+        prepare(0)
+        lax.fori_loop(0, tiles, tile, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def clear_factors(self, scr: Refs) -> None:
+        """Zeroes u and B of the modalities that only the tensor cores see."""
+        plan, steps, channels = self.plan, self.steps, self.plan.threads.channels
+        for m in range(plan.M, FACTORS):
+            zeros = layout_cast(jnp.zeros((steps, channels), F32), plan.threads.over_steps(steps))
+            tl.store(scr["u"].at[:, m, pl.ds(0, channels)], zeros)
+            zeros = layout_cast(jnp.zeros((steps, SLAB), F32), projection_layout(steps))
+            tl.store(scr["projections"].at[:, 0, m], zeros)
+
+    def finish(self, n: Any) -> None:
+        """What is left to do with tile n once it is scanned."""
+        raise NotImplementedError
+
+    def scan(self) -> None:
+        """The recurrence, tile by tile."""
+        raise NotImplementedError
+
+    def each_tile(self, scan_tile: Any, state: Any) -> Any:
+        """The state after `state = scan_tile(n, state)` for every tile."""
+
+        def tile(n: Any, state: Any) -> Any:
+            plgpu.barrier_wait(self.barrier("ready", n))
+            state = scan_tile(n, state)
+            plgpu.barrier_arrive(self.barrier("scanned", n))
+            return state
+
+        return lax.fori_loop(0, self.tiles, tile, state)
+
+    def steps_of(self, n: Any) -> Any:
+        """Steps of tile n; all but the last have `steps`."""
+        whole = self.plan.L % self.steps == 0
+        return self.steps if whole else jnp.minimum(self.steps, self.length - n * self.steps)
+
+    def load_dt(self, scr: Refs, t: Any) -> list[jax.Array]:
+        """dt of every modality at step t, before it is spread."""
+        return [
+            tl.load_channels(self.plan, scr["step"].at[jnp.minimum(t, self.steps - 1), m]) for m in range(self.plan.M)
+        ]
+
+    def load_factors(self, scr: Refs, t: Any) -> tuple[jax.Array, jax.Array]:
+        """u and B of step t as the tensor cores take them."""
+        threads, t = self.plan.threads, jnp.minimum(t, self.steps - 1)
+        u = tl.load(scr["u"].at[t, :, pl.ds(0, threads.channels)], threads.layout)
+        return u, tl.load(scr["projections"].at[t, 0], FACTOR_LAYOUT)
+
+    def decays(self, constants: tl.Constants, dt: list[jax.Array]) -> State:
+        """g a of every modality."""
+        dt = [tl.spread_channels(self.plan, v) for v in dt]
+        return [[constants.decay(m, i, v) for i in range(self.plan.threads.rows)] for m, v in enumerate(dt)]
+
+
+def launch(
+    plan: Plan,
+    name: str,
+    kind: type[Pair],
+    arrays: dict[str, jax.Array],
+    out: dict[str, Any],
+    chunk: int,
+    chunks: int,
+    save: int | None = None,
+) -> dict[str, jax.Array]:
+    """Runs a pair of warpgroups for every group of channels, sample and chunk; if there are many, two make a block.
+
+    Args:
+        plan: the plan.
+        name: what profiles show.
+        kind: what the pairs do.
+        arrays: inputs.
+        out: shapes and dtypes of the outputs.
+        chunk: steps a chunk.
+        chunks: of time.
+        save: steps between saved states; None: save nothing.
+
+    Returns:
+        The outputs by name.
+    """
+    items = plan.groups * plan.B * chunks
+    pairs = 2 if items > MULTIPROCESSORS else 1
+    shared = next(
+        shared
+        for steps in (16, 8, 4)
+        if sum(map(fw.size, (shared := kind.scratch(plan, pairs, steps)).values())) <= SHARED_MEMORY - 1024
+    )
+    steps = shared["x"].shape[3]
+    names, split = [*arrays, *out], (plan.threads.lanes, plan.threads.rows)
+    types = {k: jax.ShapeDtypeStruct(fw.split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
+    copies = sum(key in shared for key in ("x", "dt", "z", "B", "C", "flags"))
+
+    def kernel(*refs: Any, **scratch_refs: Any) -> None:
+        refs = dict(zip(names, refs, strict=True))
+        inp, results = {k: refs[k] for k in arrays}, {k: refs[k] for k in out}
+        with interpreted(bool(plan.interpret)):
+            kind(plan, pairs, steps, chunk, chunks, save, inp, results, scratch_refs).walk()
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=tuple(types.values()),
+        scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
+        | {
+            "arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=pairs * STAGES),
+            "ready": plgpu.Barrier(num_barriers=pairs * 2),
+            "scanned": plgpu.Barrier(num_barriers=pairs * 2),
+        },
+        grid=(-(-items // pairs),),
+        grid_names=("block",),
+        num_threads=2 * pairs,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        kernel_name=name,
+        interpret=plan.interpret,
+    )
+    results = call(*(fw.reshape_states(v, k, split) for k, v in arrays.items()))
+    return {k: v.reshape(out[k].shape) for k, v in zip(out, results, strict=True)}
