@@ -107,13 +107,13 @@ def choose_implementation(problem: Problem, platform: str | None = None) -> Choi
     platform = platform or default_platform()
     if platform == "tpu":
         if why := mosaic_tpu.unsupported(problem, platform):
-            return Choice("xla", f"mosaic_tpu cannot: {why}; the chunked associative scan runs everywhere")
+            return Choice("xla", f"mosaic_tpu cannot: {why}; the chunked scan runs everywhere")
         return Choice("mosaic_tpu", "the Pallas kernels for TPUs")
     if platform == "gpu":
         if why := mosaic_gpu.unsupported(problem, platform):
-            return Choice("xla", f"mosaic_gpu cannot: {why}; the chunked associative scan runs everywhere")
+            return Choice("xla", f"mosaic_gpu cannot: {why}; the chunked scan runs everywhere")
         return Choice("mosaic_gpu", "the Pallas kernels for GPUs, tested on an H100")
-    return Choice("xla", f"there is no kernel for {platform}; the chunked associative scan runs everywhere")
+    return Choice("xla", f"there is no kernel for {platform}; the chunked scan runs everywhere")
 
 
 def coupled_scan(

@@ -16,7 +16,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import Full, Independent, Shared, coupled_scan, coupled_scan_step, implementations
-from pallas_kernels.coupled_scan import api
+from pallas_kernels.coupled_scan import api, xla
 from pallas_kernels.coupled_scan.cases import Case, covering_cases, make_inputs
 
 # Files of their own run the interpreted kernels: they take too long to compile for the whole suite.
@@ -24,6 +24,17 @@ KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton")
 RUNNERS = {
     name: functools.partial(coupled_scan, implementation=name) for name in implementations() if name not in KERNELS
 }
+
+
+def _xla_at_once(**arguments):
+    """What `xla` does on accelerators."""
+    entry = dataclasses.replace(implementations()["xla"], run=functools.partial(xla.scan, by_step=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_IMPLEMENTATIONS", (entry,))
+        return coupled_scan(**arguments, implementation="xla")
+
+
+RUNNERS["xla at once"] = _xla_at_once
 COUPLINGS = ["independent", "shared", "full"]
 # Largest relative L2 error of (y and final state, gradients).
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 2e-2)}
