@@ -19,6 +19,8 @@ from cmamba_jax.data.dataset import DataInfo, Sample, Splits
 Split = Literal["train", "valid", "test"]
 
 _WHOLE = MissingConfig()
+KEPT_BYTES = 2**28
+"""A split up to this size is kept in memory once it is checked, for all epochs and seeds."""
 
 
 class Pipeline:
@@ -65,6 +67,7 @@ class Pipeline:
         _check_config(config, self.info)
         missing.check(config.missing, self.info)
         lengths: dict[Split, list[int]] = {"train": [], "valid": [], "test": []}
+        self._kept: dict[Split, list[Sample]] = {}
         training = self._scan("train", lengths["train"])
         if normalizer is not None:
             _check_normalizer(normalizer, self.info)
@@ -127,8 +130,10 @@ class Pipeline:
         return batches.to_iter_dataset(self._read_options())
 
     def _scan(self, split: Split, lengths: list[int]) -> Iterator[Sample]:
-        """Checks the samples one by one and notes their lengths."""
+        """Checks the samples one by one, notes their lengths, and keeps them all if they are small."""
         samples, longest = getattr(self._splits, split), max(self._config.buckets, default=None)
+        kept: list[Sample] = []
+        size = 0
         if not len(samples):
             raise DataError(f"the {split} split is empty (expected at least one sample); change how the data is split")
         for index in range(len(samples)):
@@ -140,7 +145,18 @@ class Pipeline:
                     f"pipeline.buckets; add a bucket of at least {length}, or cut the sample"
                 )
             lengths.append(length)
+            size += sum(values.nbytes for part in ("inputs", "mask") for values in sample[part].values())
+            if size <= KEPT_BYTES:
+                kept.append(sample)
             yield sample
+        if len(kept) == len(samples):
+            self._kept[split] = kept
+
+    def _sample(self, split: Split, index: int) -> Sample:
+        """A sample in its complete form."""
+        if split in self._kept:
+            return self._kept[split][index]
+        return checked(getattr(self._splits, split)[index], self.info)
 
     def _train_plan(self, epoch: int) -> list[plan.PlannedBatch]:
         return plan.train_plan(self._padded["train"], self._config.batch_size, seed=self._seed, epoch=epoch)
@@ -174,13 +190,13 @@ class Pipeline:
 
     def _whole(self, split: Split, index: int, removed: MissingConfig) -> Sample:
         """A sample for evaluation."""
-        sample = self.normalizer(checked(getattr(self._splits, split)[index], self.info))
+        sample = self.normalizer(self._sample(split, index))
         rng = np.random.default_rng([removed.seed, ("train", "valid", "test").index(split), index])
         return missing.remove(sample, removed, rng)
 
     def _changed(self, index: int, epoch: int) -> Sample:
         """A sample for training, augmented."""
-        sample = checked(self._splits.train[index], self.info)
+        sample = self._sample("train", index)
         # The trailing numbers keep these streams apart from that of the order, which is keyed by [seed, epoch].
         rng, rng_missing = (np.random.default_rng([self._seed, epoch, index, stream]) for stream in (1, 2))
         augment = self._config.augment
