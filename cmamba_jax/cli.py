@@ -41,7 +41,7 @@ commands:
   export RUN_DIR FOLDER [--format F]            safetensors + config.json + model card, or StableHLO for any device
   convert CHECKPOINT FOLDER                     the published PyTorch weights as a model of this package
   stream RUN_DIR [--port P] [--state FILE]      answer live samples step by step: JSON lines on stdin or a local socket
-  bench {scan,efficiency,step,seeds,scaling,stream,tpu-static}
+  bench {scan,conv,efficiency,step,seeds,scaling,stream,tpu-static}
                                                 measure the scan, coupled against attention over the length, the host's
                                                 cost of a training step, seeds together, training over more and more
                                                 devices, live streams; figures of the TPU compiler; each leaves a
@@ -286,7 +286,7 @@ def _deploy(name: str) -> Callable[[list[str]], None]:
 
 
 def _bench(words: list[str]) -> None:
-    known = ("scan", "efficiency", "step", "seeds", "scaling", "stream", "tpu-static")
+    known = ("scan", "conv", "efficiency", "step", "seeds", "scaling", "stream", "tpu-static")
     if not words or words[0] not in known:
         raise UserError(f"bench: expected one of {', '.join(known)}, got {words[0] if words else 'nothing'!r}")
     importlib.import_module(f"cmamba_jax.bench.{words[0].replace('-', '_')}").main(words[1:])

@@ -215,7 +215,7 @@ def test_help(call, config_file):
 def test_unknown_commands(fails):
     assert "unknown command 'trian'" in (message := fails("trian")) and "did you mean 'train'?" in message
     assert "needs a CONFIG first" in fails("train")
-    assert "expected one of scan, efficiency, step, seeds, scaling, stream, tpu-static, got 'skan'" in fails(
+    assert "expected one of scan, conv, efficiency, step, seeds, scaling, stream, tpu-static, got 'skan'" in fails(
         "bench", "skan"
     )
 

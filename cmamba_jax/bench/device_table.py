@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from cmamba_jax.bench import peers
-from cmamba_jax.bench.timing import median_seconds
+from cmamba_jax.bench.timing import copy_bandwidth, median_seconds
 from cmamba_jax.bench.tpu_compile import abstract_inputs
 from cmamba_jax.errors import UserError
 from cmamba_jax.results import records
@@ -57,7 +57,7 @@ def run(
             cases[f"B={batch}"] = dataclasses.replace(base, B=batch)
     report = {
         **head,
-        "bandwidth_bytes_per_second": _bandwidth(),
+        "bandwidth_bytes_per_second": copy_bandwidth(),
         "repeats": repeats,
         "results": [],
     }
@@ -138,13 +138,6 @@ def _floor(case: Case, report: dict[str, Any]) -> dict[str, float]:
     elif "H100" in device.device_kind or "H200" in device.device_kind:
         floors["exp"] = 1e3 * count * case.N / (EXPONENTIALS * 132 * 1.98e9)
     return floors
-
-
-def _bandwidth() -> float:
-    """Bytes read plus written a second by a copy of 1 GiB."""
-    values = jnp.zeros(2**28, jnp.float32)
-    copy = jax.jit(lambda v: v + 1)
-    return 2 * values.nbytes / (1e-3 * _median_ms(peers.repeated(copy, values), 5))
 
 
 def _median_ms(function: Callable[[int], None], repeats: int) -> float:

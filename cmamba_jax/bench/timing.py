@@ -8,6 +8,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
+
 
 def median_seconds(run: Callable[[int], None], *, calls: int, repeats: int) -> float:
     """Seconds of one call: the median over `repeats` timed runs, after one call that is not timed.
@@ -26,6 +29,19 @@ def median_seconds(run: Callable[[int], None], *, calls: int, repeats: int) -> f
             run(calls)
             times.append((time.perf_counter() - start) / calls)
     return statistics.median(times)
+
+
+def copy_bandwidth(floats: int = 2**28) -> float:
+    """Bytes read plus written a second by a copy of that many float32 on the default device."""
+    values = jnp.zeros(floats, jnp.float32)
+    copy = jax.jit(lambda v: v + 1)
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            out = copy(values)
+        jax.block_until_ready(out)
+
+    return 2 * values.nbytes / median_seconds(run, calls=10, repeats=5)
 
 
 @contextlib.contextmanager

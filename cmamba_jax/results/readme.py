@@ -177,6 +177,22 @@ def _efficiency(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+def _conv(records: Sequence[Record]) -> str:
+    parts = []
+    for record in _of(records, "conv"):
+        parts.append(
+            f"`{record['command']}`: M 3, bfloat16, 4 taps; medians of {record['repeats']}; {_where(record)}.\n"
+        )
+        heads = ["(B, L, D)", "forward ms", "bytes / forward", "forward + backward ms", "bytes / forward + backward"]
+        rows = []
+        for result in record["results"]:
+            label = f"{result['shape']} ({', '.join(str(result['case'][axis]) for axis in 'BLD')})"
+            values = (result[kind] for kind in ("forward", "forward_backward"))
+            rows.append([label, *(text for v in values for text in (f"{v['ms']:.2f}", f"{v['share']:.2f}"))])
+        parts.append(_markdown(heads, rows))
+    return "\n".join(parts)
+
+
 def _host(records: Sequence[Record]) -> str:
     rows = []
     for record in _of(records, "stream"):
@@ -216,6 +232,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "experiments": _experiments,
     "scan": _scan,
     "device": _device,
+    "conv": _conv,
     "efficiency": _efficiency,
     "host": _host,
     "scaling": _scaling,

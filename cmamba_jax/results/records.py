@@ -12,7 +12,19 @@ from cmamba_jax.train.runs import read_json, write_json
 
 Record = Mapping[str, Any]
 
-KINDS = ("crossval", "device_table", "efficiency", "scaling", "scan", "seeds", "step", "stream", "sweep", "tpu_static")
+KINDS = (
+    "conv",
+    "crossval",
+    "device_table",
+    "efficiency",
+    "scaling",
+    "scan",
+    "seeds",
+    "step",
+    "stream",
+    "sweep",
+    "tpu_static",
+)
 """Key "kind" of a record. All have "command", "device" and "versions"; the rest is what the command describes."""
 
 
