@@ -23,8 +23,10 @@ from pallas_kernels.platform import default_platform
 
 # Floats of the states of all steps, [L, B, D, N], up to which a CPU keeps them instead of computing them again.
 KEPT_FLOATS = 2**24
-# Accelerators want long chunks: every chunk is a round of kernel launches. Not tuned on hardware yet.
+# Accelerators want long chunks: every chunk is a round of kernel launches. But a few arrays [T, M, B, D, N] of that
+# many floats (1 GiB) have to fit into memory.
 ACCELERATOR_CHUNK = 64
+ACCELERATOR_FLOATS = 2**28
 
 
 def chunk_length(problem: Problem, *, by_step: bool) -> int:
@@ -34,14 +36,18 @@ def chunk_length(problem: Problem, *, by_step: bool) -> int:
         problem: the checked arguments.
         by_step: whether a chunk is walked step by step. Then it is the whole sequence if the states of its steps may
             be kept; if not, sqrt(L) steps balance the states of a chunk's steps against those entering the chunks.
-            Chunks that are parallel in time should grow with sqrt(L / M): they have T x M states.
+            Chunks that are parallel in time should grow with sqrt(L / M), as far as T x M states fit into memory.
     """
     m, _, length, _ = problem.x.shape
-    # The batch is symbolic while a model is exported.
-    floats = math.prod(size for size in problem.state_shape if isinstance(size, int))
+
+    def floats(*shape: int) -> int:
+        # The batch is symbolic while a model is exported.
+        return math.prod(size for size in shape if isinstance(size, int))
+
     if not by_step:
-        most = min(max(4, math.isqrt(length // (4 * m)), ACCELERATOR_CHUNK), length)
-    elif length * floats <= KEPT_FLOATS:
+        fitting = ACCELERATOR_FLOATS // floats(*problem.x.shape[:2], *problem.A.shape[1:])
+        most = min(max(4, min(max(math.isqrt(length // (4 * m)), ACCELERATOR_CHUNK), fitting)), length)
+    elif length * floats(*problem.state_shape) <= KEPT_FLOATS:
         return length
     else:
         most = max(4, math.isqrt(length))

@@ -5,6 +5,7 @@ of the chain (for `shared` of SUM_m g^m a^m) and R the end state from zero. The 
 One kernel computes P and R of all chunks at once; it reads x, dt and B (dy, z, dt and C) and writes no sequence.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
-from pallas_kernels.coupled_scan.mosaic_gpu import forward_tensor
+from pallas_kernels.coupled_scan.mosaic_gpu import summary_tensor
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, TENSOR, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STEPS = 8
@@ -51,8 +52,9 @@ def _run(
     plan: Plan, arrays: dict[str, jax.Array], chunk: int, count: int, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     """P and R of the first `count` chunks (`reverse`: of all but the first)."""
-    if plan.threads.tensor:
-        result = forward_tensor.summarise(plan, arrays, chunk, count)
+    if plan.tensor:
+        plan = dataclasses.replace(plan, threads=TENSOR)
+        result = summary_tensor.run(plan, arrays, chunk, count, reverse=reverse)
         return result["product"], result["rest"]
     m, smem = plan.M, jax.ShapeDtypeStruct
     large = smem((fw.STAGES, m, STEPS, plan.threads.channels), plan.dtype)
@@ -99,19 +101,7 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
         """dt, and in place of u = dt x (whose factor is B) the gradient of y before the gate (whose factor is C)."""
         if not reverse:
             return fw.prepare_steps(plan, inp, scr, columns, slot, STEPS)
-        results = []
-        for m in range(plan.M):
-            here = fw.present(plan, scr, slot, m, STEPS)
-            bias = tl.over_steps(plan, inp["dt_bias"].at[m, columns], STEPS)
-            ybar = tl.keep(here, tl.load_rows(plan, scr["dy"].at[slot, m], STEPS))
-            if plan.gate:
-                z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], STEPS))
-                ybar = ybar * (z * tl.sigmoid(plan, z))
-            results.append((tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], STEPS), bias, here), ybar))
-        for m, (dt, ybar) in enumerate(results):
-            tl.store(scr["step"].at[:, m, :], dt)
-            tl.store(scr["u"].at[:, m, :], ybar)
-        return None
+        return fw.prepare_adjoint(plan, inp, scr, columns, slot, STEPS)
 
     def load_step(t: Any) -> list[tuple]:
         return fw.load_step(plan, scr, t, B=not reverse, C=reverse)

@@ -204,6 +204,22 @@ def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, ste
         tl.store(scr["u"].at[:, m, pl.ds(0, plan.threads.channels)], tl.round_factor(plan, u))
 
 
+def prepare_adjoint(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int) -> None:
+    """dt of a tile and, in place of u (whose factor is B), the gradient of y before the gate (whose factor is C)."""
+    out = []
+    for m in range(plan.M):
+        here = present(plan, scr, slot, m, steps)
+        bias = tl.over_steps(plan, inp["dt_bias"].at[m, columns], steps)
+        ybar = tl.keep(here, tl.load_rows(plan, scr["dy"].at[slot, m], steps))
+        if plan.gate:
+            z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], steps))
+            ybar = ybar * (z * tl.sigmoid(plan, z))
+        out.append((tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], steps), bias, here), ybar))
+    for m, (dt, ybar) in enumerate(out):
+        tl.store(scr["step"].at[:, m, :], dt)
+        tl.store(scr["u"].at[:, m, pl.ds(0, plan.threads.channels)], ybar)
+
+
 def finish_steps(
     plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int, read: Callable[[int], jax.Array]
 ) -> None:

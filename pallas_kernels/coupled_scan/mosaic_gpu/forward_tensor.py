@@ -18,7 +18,7 @@ from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.pairs import STAGES, Pair, launch
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import State
 
 
@@ -33,17 +33,6 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
     if save:
         out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
     return launch(plan, "coupled_scan_forward_tensor", _Forward, arrays, out, chunk, -(-plan.L // chunk), save)
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "chunk", "count"))
-def summarise(plan: Plan, arrays: dict[str, jax.Array], chunk: int, count: int) -> dict[str, jax.Array]:
-    """The "product" of the decays and the "rest", the end state from zero, of the first `count` chunks.
-
-    Both [count, 1, B, 1, SLAB, D'].
-    """
-    shape = jax.ShapeDtypeStruct((count, 1, plan.B, 1, SLAB, plan.padded), F32)
-    out = {"product": shape, "rest": shape}
-    return launch(plan, "coupled_scan_summary_tensor", _Summary, arrays, out, chunk, count)
 
 
 class _Forward(Pair):
@@ -77,7 +66,7 @@ class _Forward(Pair):
         tl.sync()
         fw.finish_steps(plan, self.inp, scr, self.columns, lax.rem(n, STAGES), steps, read)
         tl.sync()
-        window = pl.ds(self.first + n * steps, steps)
+        window = pl.ds(self.start(n), steps)
         plgpu.copy_smem_to_gmem(scr["out"], self.out["y"].at[:, self.b, window, self.columns])
 
     def scan(self) -> None:
@@ -86,7 +75,7 @@ class _Forward(Pair):
         constants = tl.Constants(plan, self.inp, 0, self.columns)
 
         def tile(n: Any, state: State) -> State:
-            start = self.first + n * self.steps
+            start = self.start(n)
             if self.save:
 
                 @pl.when(lax.rem(start, self.save) == 0)
@@ -113,10 +102,6 @@ class _Forward(Pair):
         threads, rows, modalities = plan.threads, range(plan.threads.rows), range(plan.M)
         lane = layout_cast(lax.broadcasted_iota(jnp.int32, threads.shape, 0), threads.layout)
 
-        def load_C(t: Any) -> list[list[jax.Array]]:
-            t = jnp.minimum(t, steps - 1)
-            return [warp.load_projection(plan, scr["projections"].at[t, 1, m]) for m in modalities]
-
         def store_read(t: Any, y: list[jax.Array]) -> None:
             mine = y[0]
             for k, other in enumerate(y[1:], 1):
@@ -125,7 +110,7 @@ class _Forward(Pair):
 
         def step(t: Any, carry: tuple) -> tuple:
             state, dt, C, factors, added, y = carry
-            following = self.load_dt(scr, t + 1), load_C(t + 1), self.load_factors(scr, t + 2)
+            following = self.load_dt(scr, t + 1), self.load_C(scr, t + 1), self.load_factors(scr, t + 2)
             store_read(jnp.maximum(t - 1, 0), y)
             entering = tl.reset_state(plan, scr, slot, t, state)
             decays = self.decays(constants, dt)
@@ -139,44 +124,7 @@ class _Forward(Pair):
         here = self.steps_of(n)
         added = warp.outer_products(plan, *self.load_factors(scr, 0))
         nothing = [tl.fill(plan, 0.0)] * plan.M
-        carry = (state, self.load_dt(scr, 0), load_C(0), self.load_factors(scr, 1), added, nothing)
+        carry = (state, self.load_dt(scr, 0), self.load_C(scr, 0), self.load_factors(scr, 1), added, nothing)
         state, *_, y = fw.walk_steps(here, min(8, steps), step, carry)
         store_read(here - 1, y)
         return state
-
-
-class _Summary(Pair):
-    """The pair that finds the product of a chunk's decays and its end state from zero, see `chunks`."""
-
-    def finish(self, n: Any) -> None:
-        """Nothing but to wait for the other warps, whose tile will be overwritten."""
-        del n
-        tl.sync()
-
-    def scan(self) -> None:
-        """Both recurrences."""
-        constants = tl.Constants(self.plan, self.inp, 0, self.columns)
-        initial = tuple([[tl.fill(self.plan, v)] * self.plan.threads.rows] for v in (1.0, 0.0))
-        product, rest = self.each_tile(lambda n, carry: self.scan_tile(n, constants, carry), initial)
-        fw.store_state(self.plan, self.out["product"].at[self.c, :, self.b, 0], product, self.columns)
-        fw.store_state(self.plan, self.out["rest"].at[self.c, :, self.b, 0], rest, self.columns)
-
-    def scan_tile(self, n: Any, constants: tl.Constants, carry: tuple[State, State]) -> tuple[State, State]:
-        """The steps of tile n."""
-        plan, scr, slot, rows = self.plan, self.tile(n), lax.rem(n, STAGES), range(self.plan.threads.rows)
-
-        def step(t: Any, carry: tuple) -> tuple:
-            product, rest, dt, factors, added = carry
-            following = self.load_dt(scr, t + 1), self.load_factors(scr, t + 2)
-            decays = self.decays(constants, dt)
-            decays = [[tl.total([decays[m][i] for m in range(plan.M)]) for i in rows]]
-            product, rest = (tl.reset_state(plan, scr, slot, t, v) for v in (product, rest))
-            new_product = tl.map_state(jnp.multiply, decays, product)
-            new_rest = tl.map_state(lambda a, v, u: a * v + u, decays, rest, [added])
-            product = tl.hold_state(plan, scr, slot, t, product, new_product)
-            rest = tl.hold_state(plan, scr, slot, t, rest, new_rest)
-            return product, rest, *following, warp.outer_products(plan, *factors)
-
-        added = warp.outer_products(plan, *self.load_factors(scr, 0))
-        carry = (*carry, self.load_dt(scr, 0), self.load_factors(scr, 1), added)
-        return fw.walk_steps(self.steps_of(n), min(8, self.steps), step, carry)[:2]

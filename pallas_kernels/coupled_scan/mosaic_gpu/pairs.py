@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import interpreted, layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     F32,
     FACTOR_LAYOUT,
@@ -35,7 +36,15 @@ SCAN_REGISTERS, OTHER_REGISTERS = 176, 80
 
 
 class Pair:
-    """Two warpgroups that walk one chunk of one sample's time for one group of channels."""
+    """Two warpgroups that walk one chunk of one sample's time for one group of channels.
+
+    Attributes:
+        reverse: whether they walk it backwards.
+        skipped: chunks before the first one that is walked.
+    """
+
+    reverse = False
+    skipped = 0
 
     def __init__(
         self,
@@ -57,7 +66,7 @@ class Pair:
         self.last = self.c == chunks - 1
         channels = plan.threads.channels
         self.columns = pl.ds(lax.rem(item, plan.groups) * channels, channels)
-        self.first = self.c * chunk
+        self.first = (self.c + self.skipped) * chunk
         self.length = jnp.minimum(chunk, plan.L - self.first)
         self.tiles = (self.length + steps - 1) // steps
         barriers = ("arrived", "ready", "scanned")
@@ -90,6 +99,10 @@ class Pair:
         count = STAGES if name == "arrived" else 2
         return self.barriers[name].at[self.pair * count + lax.rem(n, count)]
 
+    def start(self, n: Any) -> Any:
+        """First step of tile n."""
+        return self.first + (self.tiles - 1 - n if self.reverse else n) * self.steps
+
     def tile(self, n: Any) -> Refs:
         """The shared memory of tile n; what is in flight keeps its axis of stages."""
         worked = ("projections", "step", "u", "y", "BC")
@@ -118,15 +131,15 @@ class Pair:
         def fetch(n: Any) -> None:
             @pl.when(n < tiles)
             def _() -> None:
-                arrived, start = self.barrier("arrived", n), self.first + n * steps
-                fw.fetch(plan, inp, self.shared, arrived, self.b, self.columns, start, lax.rem(n, STAGES), steps)
+                arrived, slot = self.barrier("arrived", n), lax.rem(n, STAGES)
+                fw.fetch(plan, inp, self.shared, arrived, self.b, self.columns, self.start(n), slot, steps)
 
         def prepare(n: Any) -> None:
             @pl.when(n < tiles)
             def _() -> None:
                 scr, slot = self.tile(n), lax.rem(n, STAGES)
                 plgpu.barrier_wait(self.barrier("arrived", n))
-                fw.prepare_steps(plan, inp, scr, self.columns, slot, steps)
+                self.prepare(scr, slot)
                 tl.convert_projections(plan, inp, scr, slot, 0, steps)
                 plgpu.barrier_arrive(self.barrier("ready", n))
 
@@ -152,6 +165,10 @@ class Pair:
             zeros = layout_cast(jnp.zeros((steps, SLAB), F32), projection_layout(steps))
             tl.store(scr["projections"].at[:, 0, m], zeros)
 
+    def prepare(self, scr: Refs, slot: Any) -> None:
+        """What the scan of a tile needs once a channel and step."""
+        fw.prepare_steps(self.plan, self.inp, scr, self.columns, slot, self.steps)
+
     def finish(self, n: Any) -> None:
         """What is left to do with tile n once it is scanned."""
         raise NotImplementedError
@@ -172,15 +189,19 @@ class Pair:
         return lax.fori_loop(0, self.tiles, tile, state)
 
     def steps_of(self, n: Any) -> Any:
-        """Steps of tile n; all but the last have `steps`."""
+        """Steps of tile n; all but the last in time have `steps`."""
         whole = self.plan.L % self.steps == 0
-        return self.steps if whole else jnp.minimum(self.steps, self.length - n * self.steps)
+        return self.steps if whole else jnp.minimum(self.steps, self.first + self.length - self.start(n))
 
     def load_dt(self, scr: Refs, t: Any) -> list[jax.Array]:
         """dt of every modality at step t, before it is spread."""
-        return [
-            tl.load_channels(self.plan, scr["step"].at[jnp.minimum(t, self.steps - 1), m]) for m in range(self.plan.M)
-        ]
+        t = jnp.clip(t, 0, self.steps - 1)
+        return [tl.load_channels(self.plan, scr["step"].at[t, m]) for m in range(self.plan.M)]
+
+    def load_C(self, scr: Refs, t: Any) -> list[list[jax.Array]]:
+        """C of every modality at step t."""
+        t = jnp.clip(t, 0, self.steps - 1)
+        return [warp.load_projection(self.plan, scr["projections"].at[t, 1, m]) for m in range(self.plan.M)]
 
     def load_factors(self, scr: Refs, t: Any) -> tuple[jax.Array, jax.Array]:
         """u and B of step t as the tensor cores take them."""
@@ -226,10 +247,10 @@ def launch(
         for steps in (16, 8, 4)
         if sum(map(fw.size, (shared := kind.scratch(plan, pairs, steps)).values())) <= SHARED_MEMORY - 1024
     )
-    steps = shared["x"].shape[3]
+    steps = shared["dt"].shape[3]
     names, split = [*arrays, *out], (plan.threads.lanes, plan.threads.rows)
     types = {k: jax.ShapeDtypeStruct(fw.split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
-    copies = sum(key in shared for key in ("x", "dt", "z", "B", "C", "flags"))
+    copies = sum(key in shared for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))

@@ -162,6 +162,11 @@ class Plan:
         return -(-self.N // SLAB)
 
     @property
+    def tensor(self) -> bool:
+        """Whether the forward pass and the summaries of chunks have kernels on the tensor cores."""
+        return self.coupling == "shared" and self.dtype == jnp.bfloat16 and self.slabs == 1 and self.M <= 4
+
+    @property
     def rows(self) -> int:
         """Steps of y, dx, ddt and dz in device memory.
 
@@ -210,12 +215,11 @@ class Plan:
         summaries included.
         """
         blocks = self.B * self.groups
-        tensor = self.coupling == "shared" and self.dtype == jnp.bfloat16 and self.slabs == 1 and self.M <= 4
         few = blocks <= MULTIPROCESSORS and not (self.chunks > 1 and 3 * blocks <= MULTIPROCESSORS)
         # A narrow block beyond D would not be stopped by a plain copy, see `rows`.
         if not few or NARROW.channels >= self.D:
-            return dataclasses.replace(self, threads=TENSOR) if tensor else self
-        return dataclasses.replace(self, threads=NARROW_TENSOR if tensor else NARROW)
+            return dataclasses.replace(self, threads=TENSOR) if self.tensor else self
+        return dataclasses.replace(self, threads=NARROW_TENSOR if self.tensor else NARROW)
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""
