@@ -66,7 +66,7 @@ def run(
         for implementation in implementations:
             record[implementation] = _measure(implementation, case, repeats)
         report["results"].append(record)
-    records.save(report, output)
+        records.save(report, output)  # after every shape: a sweep takes minutes, and what it has measured stays
     _plot(report, implementations, output / "device_table.png")
     return _table(report, implementations)
 

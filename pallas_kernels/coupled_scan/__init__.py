@@ -3,8 +3,9 @@
 api.py        the public functions; check the arguments and pick an implementation
 types.py      couplings, the problem handed to an implementation, the result
 reference.py  one step at a time, as the equations read
-xla.py        associative scan in time chunks, for every backend
-discretize.py what surrounds the recurrence in both
+xla.py        in time chunks, for every backend: associative scans, on CPUs step by step
+steps.py      those steps, with their derivative written out
+discretize.py what surrounds the recurrence in them
 mosaic_gpu/   Pallas kernels for NVIDIA GPUs
 mosaic_tpu/   Pallas kernels for TPUs
 triton_gpu/   Triton kernels for NVIDIA GPUs, through jax-triton

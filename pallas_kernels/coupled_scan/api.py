@@ -62,7 +62,7 @@ _IMPLEMENTATIONS = (
     ),
     Implementation(
         "xla",
-        "associative scan in time chunks, keeps only chunk-boundary states: every coupling, dtype, shape and device",
+        "in time chunks (associative scans, on CPUs step by step), of little memory: all couplings, dtypes and devices",
         xla.scan,
         _everything,
     ),

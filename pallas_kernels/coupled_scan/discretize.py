@@ -1,4 +1,4 @@
-"""What surrounds the recurrence at each step; the same for the reference and the associative scan.
+"""What surrounds the recurrence at each step; the same for the reference and `xla`.
 
 Shapes here have any leading axes; channels D (and states N) come last.
 """
