@@ -82,9 +82,9 @@ def _backward(readout: Readout, saved: tuple[Inputs, Array], bars: tuple[Array, 
             "B": jnp.einsum("mbnd,mbd->mbn", h_bar, now["u"], precision="highest"),
             "C": jnp.einsum("mbnd,mbd->mbn", read, y_bar, precision="highest"),
         }
-        sums = sums | {"A": sums["A"] + _sum(exponent_bar * now["dt"][:, :, None], axis=1)}
+        sums = sums | {"A": sums["A"] + jnp.sum(exponent_bar * now["dt"][:, :, None], axis=1)}
         if shared:
-            sums["log_gain"] = sums["log_gain"] + _sum(exponent_bar, axis=1)
+            sums["log_gain"] = sums["log_gain"] + jnp.sum(exponent_bar, axis=1)
             adjoint = _sum(source_bar, axis=0)
         elif "weights" in parameters:
             products = jnp.einsum("mbnd,ibnd->mi", source_bar, entering, precision="highest")
@@ -100,7 +100,7 @@ def _backward(readout: Readout, saved: tuple[Inputs, Array], bars: tuple[Array, 
     carry = vary((final_bar, zeros), varying_axes((inputs, states, bars)))
     (state_bar, sums), gradients = jax.lax.scan(step, carry, (sequences, states, y_bar), reverse=True)
     if shared:
-        sums["log_gain"] = _sum(sums["log_gain"], axis=-1)
+        sums["log_gain"] = jnp.sum(sums["log_gain"], axis=-1)
     switches = {name: jnp.zeros_like(v) for name, v in inputs.items() if name in ("idle", "kept")}
     return gradients | sums | switches, state_bar
 
@@ -139,10 +139,11 @@ def _spread(values: Array) -> Array:
 
 
 def _sum(values: Array, axis: int) -> Array:
-    """Sum over one axis.
+    """Sum over modalities or states.
 
     On CPUs XLA hands sums to the library YNNPACK, which takes up to ten times as long over these axes. It does not know
-    this one: a sum that keeps what it has if that is not a number, which changes no result.
+    this one: a sum that keeps what it has if that is not a number, which changes no result. Not for axes that may be
+    spread over devices (batch, channels): XLA cannot make a sum over devices of it.
     """
     if default_platform() != "cpu":
         return jnp.sum(values, axis)
