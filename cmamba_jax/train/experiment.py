@@ -20,7 +20,7 @@ from cmamba_jax.config import ExperimentConfig
 from cmamba_jax.data import DataInfo, Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train import checkpoint, cluster, loop, optimizer, parallel, runs, state
+from cmamba_jax.train import checkpoint, cluster, host_memory, loop, optimizer, parallel, runs, state
 from cmamba_jax.train.evaluation import Evaluation, Evaluator
 from cmamba_jax.train.objective import make_loss_sum, resolve_loss
 from cmamba_jax.train.preemption import Preemption
@@ -86,6 +86,7 @@ def fit(config: ExperimentConfig, splits: Splits | None = None) -> RunResult:
     if config.train.track_test:
         raise UserError("train.track_test needs train.seeds (one is enough): set --seeds, or switch it off")
     cluster.initialize(config.parallel)
+    host_memory.keep_freed_memory()
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)

@@ -24,7 +24,7 @@ from cmamba_jax.data import Pipeline, Splits
 from cmamba_jax.errors import UserError
 from cmamba_jax.metrics import METRICS
 from cmamba_jax.models import CoupledMamba
-from cmamba_jax.train import checkpoint, cluster, loop, optimizer, runs, state
+from cmamba_jax.train import checkpoint, cluster, host_memory, loop, optimizer, runs, state
 from cmamba_jax.train.checkpoint import Position
 from cmamba_jax.train.evaluation import Evaluator
 from cmamba_jax.train.experiment import RunResult, finish, load_splits, resolve, shows_bar
@@ -104,6 +104,7 @@ def fit_seeds(config: ExperimentConfig, splits: Splits | None = None) -> SeedsRe
         raise UserError(f"train.seeds trains in one process, but {name} started several; start one, or one seed a run")
     if config.train.profile_steps:
         raise UserError("train.profile_steps profiles a single run: leave out train.seeds")
+    host_memory.keep_freed_memory()
     splits = load_splits(config) if splits is None else splits
     info = splits.info
     config = resolve(config, info)
