@@ -7,6 +7,7 @@ Axes: T time, M modality, B batch, N state, D channel. A state is [B, N, D] for 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -37,6 +38,9 @@ def walk(readout: Readout, inputs: Inputs, state: Array) -> tuple[Array, Array]:
 
 
 PARAMETERS = ("A", "log_gain", "weights")
+LARGEST_GROUPS = 64
+"""Gradients of parameters are summed over up to so many groups of samples apart, and over the groups after the last
+step: where a batch is spread over so many devices, `jax.jit` sums over devices once and not at each step."""
 
 
 def _forward(readout: Readout, inputs: Inputs, state: Array) -> tuple[tuple[Array, Array], tuple[Inputs, Array]]:
@@ -59,6 +63,12 @@ def _backward(readout: Readout, saved: tuple[Inputs, Array], bars: tuple[Array, 
     inputs, states = saved
     parameters, sequences = _split(inputs)
     shared = "log_gain" in parameters
+    n_batch = inputs["dt"].shape[2]
+    groups = math.gcd(n_batch, LARGEST_GROUPS)
+
+    def grouped(values: Array) -> Array:
+        """[M, B, N, D] -> [M, groups, N, D]."""
+        return values.reshape(len(values), groups, n_batch // groups, *values.shape[2:]).sum(2)
 
     def step(carry: tuple[Array, Inputs], now: tuple[Inputs, Array, Array]) -> tuple[tuple[Array, Inputs], Inputs]:
         adjoint, sums = carry
@@ -82,12 +92,13 @@ def _backward(readout: Readout, saved: tuple[Inputs, Array], bars: tuple[Array, 
             "B": jnp.einsum("mbnd,mbd->mbn", h_bar, now["u"], precision="highest"),
             "C": jnp.einsum("mbnd,mbd->mbn", read, y_bar, precision="highest"),
         }
-        sums = sums | {"A": sums["A"] + jnp.sum(exponent_bar * now["dt"][:, :, None], axis=1)}
+        sums = sums | {"A": sums["A"] + grouped(exponent_bar * now["dt"][:, :, None])}
         if shared:
-            sums["log_gain"] = sums["log_gain"] + jnp.sum(exponent_bar, axis=1)
+            sums["log_gain"] = sums["log_gain"] + grouped(exponent_bar)
             adjoint = _sum(source_bar, axis=0)
         elif "weights" in parameters:
-            products = jnp.einsum("mbnd,ibnd->mi", source_bar, entering, precision="highest")
+            pieces = (v.reshape(len(v), groups, -1) for v in (source_bar, entering))
+            products = jnp.einsum("mgk,igk->gmi", *pieces, precision="highest")
             sums["weights"] = sums["weights"] + products
             adjoint = _mix(parameters["weights"].T, source_bar)
         else:
@@ -96,11 +107,14 @@ def _backward(readout: Readout, saved: tuple[Inputs, Array], bars: tuple[Array, 
         return (adjoint * _spread(now["kept"]) if "kept" in now else adjoint, sums), gradients
 
     y_bar, final_bar = bars
-    zeros = {name: jnp.zeros_like(inputs["A"] if name == "log_gain" else v) for name, v in parameters.items()}
+    n_modalities, *rest = inputs["A"].shape
+    shapes = dict.fromkeys(("A", "log_gain"), (n_modalities, groups, *rest))
+    shapes["weights"] = (groups, n_modalities, n_modalities)
+    zeros = {name: jnp.zeros(shapes[name], v.dtype) for name, v in parameters.items()}
     carry = vary((final_bar, zeros), varying_axes((inputs, states, bars)))
     (state_bar, sums), gradients = jax.lax.scan(step, carry, (sequences, states, y_bar), reverse=True)
-    if shared:
-        sums["log_gain"] = jnp.sum(sums["log_gain"], axis=-1)
+    over = {"A": 1, "log_gain": (1, -1), "weights": 0}
+    sums = {name: values.sum(over[name]) for name, values in sums.items()}
     switches = {name: jnp.zeros_like(v) for name, v in inputs.items() if name in ("idle", "kept")}
     return gradients | sums | switches, state_bar
 

@@ -105,6 +105,24 @@ def test_a_reset_or_a_long_gap_on_one_device_is_exact():
     assert_close(run(**inputs).final_state, coupled_scan(**late).final_state, 2e-6)
 
 
+@pytest.mark.parametrize("coupling", ["independent", "shared", "full"])
+def test_a_plain_jit_sums_over_devices_once_and_not_at_each_step(coupling):
+    case = dataclasses.replace(FULL, B=8, coupling=coupling)
+    inputs, mesh = make_inputs(case), mesh_of(data=8)
+    letters = {"x": "MBLD", "dt": "MBLD", "B": "MBLN", "C": "MBLN", "z": "MBLD", "mask": "MBL", "reset": "BL"}
+    letters["initial_state"] = "BDN" if coupling == "shared" else "MBDN"
+    specs = {name: axes_of({"data": 8}).spec(letters.get(name, "")) for name in inputs}
+    spread = jax.device_put(inputs, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+    switches = {name: spread.pop(name) for name in ("mask", "reset")}
+    run = jax.jit(
+        jax.grad(lambda floats, switches: jnp.square(coupled_scan(**floats, **switches, **case.options).y).sum())
+    )
+    sums = [line for line in run.lower(spread, switches).compile().as_text().splitlines() if " all-reduce(" in line]
+    assert sums
+    # Of the two loops, over chunks and over the steps of a chunk, the inner one does without.
+    assert not [line for line in sums if re.search(r"while/body/.*while/body/", line)]
+
+
 def collectives(text):
     """Names and result bytes of the collectives of a compiled program."""
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
