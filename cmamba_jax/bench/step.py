@@ -66,8 +66,9 @@ def measure(steps: int) -> dict[str, Any]:
 
     Returns:
         "package" and "hand_written" with "call_ms" (until the call returns: the host's work), "ready_ms" (until the
-        result is there) and "loss" (of the last step: equal, since both do the same); "call_ratio" and "ready_ratio",
-        package over hand-written; "arrays", the number of parameter arrays.
+        result is there) and "loss" (of the fifth step: equal, since both do the same; Adam lets rounding grow, and on
+        some processors they differ from the eighth on); "call_ratio" and "ready_ratio", package over hand-written;
+        "arrays", the number of parameter arrays.
     """
     batch = _batch()
     contenders = {"package": _package(), "hand_written": _hand_written()}
@@ -80,7 +81,8 @@ def measure(steps: int) -> dict[str, Any]:
             returned = time.perf_counter()
             jax.block_until_ready((carry, metrics))
             ready = time.perf_counter()
-            losses[name] = float(getattr(metrics, "loss", metrics))
+            if i == 4:
+                losses[name] = float(getattr(metrics, "loss", metrics))
             contenders[name] = step, carry
             if i >= 10:  # The first ones compile and warm up.
                 times[name].append((1e3 * (returned - start), 1e3 * (ready - start)))

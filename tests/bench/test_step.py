@@ -20,8 +20,8 @@ def test_both_do_the_same_update_and_are_timed():
         assert 0 < result[name]["call_ms"] <= result[name]["ready_ms"]
     assert result["call_ratio"] == result["package"]["call_ms"] / result["hand_written"]["call_ms"]
     assert result["arrays"] > 20
-    # After 13 steps of Adam, which lets rounding grow, in a way that depends on the processor.
-    assert result["package"]["loss"] == pytest.approx(result["hand_written"]["loss"], rel=2e-4)
+    # By the fifth step, leaving out clipping or L2, or another b2, makes 1e-4.
+    assert result["package"]["loss"] == pytest.approx(result["hand_written"]["loss"], rel=1e-5)
 
 
 def test_table_and_json(capsys, monkeypatch):
