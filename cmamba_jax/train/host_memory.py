@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
 
     XLA allocates a program's temporary memory anew for every call. By default glibc maps such blocks for each call and
     unmaps them afterwards, and the system clears every page again when it is first touched: on two cores a training
-    step of configs/watch.py took 64 ms, without that 40. The process keeps its largest size until it ends, except for
+    step of configs/watch.py took 64 ms, without that 41. The process keeps its largest size until it ends, except for
     blocks of 1 GiB and more. Does nothing where an environment variable already sets glibc's memory up, or where the C
     library is another one.
 

@@ -4,6 +4,7 @@ Both work on the same channels: one scans a tile, the other prepares the steps o
 the last one. They hand tiles over through two sets of buffers and two barriers each, "ready" and "scanned".
 """
 
+import abc
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ SCAN_REGISTERS, OTHER_REGISTERS = 176, 80
 """Of a thread, where four warpgroups share a multiprocessor."""
 
 
-class Pair:
+class Pair(abc.ABC):
     """Two warpgroups that walk one chunk of one sample's time for one group of channels.
 
     Attributes:
@@ -169,13 +170,13 @@ class Pair:
         """What the scan of a tile needs once a channel and step."""
         fw.prepare_steps(self.plan, self.inp, scr, self.columns, slot, self.steps)
 
+    @abc.abstractmethod
     def finish(self, n: Any) -> None:
         """What is left to do with tile n once it is scanned."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scan(self) -> None:
         """The recurrence, tile by tile."""
-        raise NotImplementedError
 
     def each_tile(self, scan_tile: Any, state: Any) -> Any:
         """The state after `state = scan_tile(n, state)` for every tile."""
