@@ -17,7 +17,7 @@ from pallas_kernels import UnsupportedError, choose_implementation, coupled_scan
 from pallas_kernels._compat import interpret_params
 from pallas_kernels.coupled_scan import api, mosaic_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
-from pallas_kernels.coupled_scan.mosaic_gpu import backward
+from pallas_kernels.coupled_scan.mosaic_gpu import stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.types import Problem
 
@@ -69,7 +69,7 @@ def test_forward_and_every_gradient(case):
     ("coupling", "dtype"), [("shared", "float32"), ("shared", "bfloat16"), ("independent", "float32")]
 )
 def test_time_in_chunks_and_stretches(coupling, dtype, monkeypatch):
-    monkeypatch.setattr(backward, "SAVE", 16)
+    monkeypatch.setattr(stretches, "SAVE", 16)
     monkeypatch.setattr(Plan, "chunks", property(lambda plan: 2))
     case = Case(M=2, B=1, L=53, D=3, N=4, coupling=coupling, dtype=dtype, **EVERYTHING)
     assert Plan.of(Problem(**make_inputs(case))).chunk_steps(16) == 32

@@ -1,9 +1,7 @@
 """The backward kernel.
 
-A block walks one chunk of one sample's time for 64 channels, last tile first. The forward pass saved the state
-entering every SAVE steps; at the end of such a stretch it walks it once forwards and notes the states entering
-its tiles (in device memory, where the level-2 cache keeps them). Every tile is then walked forwards once more, noting
-the state entering each step in shared memory, and backwards with the adjoint.
+A block walks one chunk of one sample's time for 64 channels, last tile first (see `stretches`). Every tile is walked
+forwards once more, noting the state entering each step in shared memory, and backwards with the adjoint.
 """
 
 import functools
@@ -17,14 +15,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import stretches, tensor, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, THREADS, Plan, projection_layout
+from pallas_kernels.coupled_scan.mosaic_gpu.stretches import Stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
-SAVE = 128
-"""Steps between saved states. L / SAVE of them are kept, and SAVE / 8 noted: least together near SAVE = sqrt(8 L)."""
 LN2 = 0.6931471805599453
 
 
@@ -74,7 +71,16 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, lanes, D'];
         "dstate" [chunks, S, B, slabs, SLAB, D'], the adjoint that leaves a chunk at its start.
     """
-    tiling = steps, part = choose_tiling(plan)
+    tiling = choose_tiling(plan)
+    body = functools.partial(_walk, plan, tiling, chunk)
+    chunks = arrays["adjoint"].shape[0]
+    return fw.launch(
+        plan, "coupled_scan_backward", body, arrays, results(plan, arrays, *tiling), _scratch, tiling, chunks
+    )
+
+
+def results(plan: Plan, arrays: dict[str, jax.Array], steps: int, part: int) -> dict[str, Any]:
+    """Shapes and dtypes of what `run` returns, for tiles of `steps`, `part` of which are finished at once."""
     chunks, *state = arrays["adjoint"].shape
     padded = state[-1]
     large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.rows, plan.D), plan.dtype)
@@ -88,7 +94,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
         "dstate": jax.ShapeDtypeStruct((chunks, *state), F32),
-        "entries": jax.ShapeDtypeStruct((chunks, -(-min(SAVE, plan.L) // steps), *state), F32),
+        "entries": jax.ShapeDtypeStruct((chunks, -(-min(stretches.SAVE, plan.L) // steps), *state), F32),
     }
     if plan.gate:
         out["dz"] = large
@@ -96,8 +102,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         out["dgain"] = jax.ShapeDtypeStruct(parameters, F32)
     if plan.coupling == "full":
         out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, plan.threads.lanes, padded), F32)
-    body = functools.partial(_walk, plan, tiling, chunk)
-    return fw.launch(plan, "coupled_scan_backward", body, arrays, out, _scratch, tiling, chunks)
+    return out
 
 
 def choose_tiling(plan: Plan) -> tuple[int, int]:
@@ -107,38 +112,16 @@ def choose_tiling(plan: Plan) -> tuple[int, int]:
 
 def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
     m_range, (steps, part) = range(plan.M), tiling
-    b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns, i_range, threads = fw.my_columns(plan), range(plan.threads.rows), plan.threads
-    first = c * chunk
-    length = jnp.minimum(chunk, plan.L - first)
-    tiles = (length + steps - 1) // steps
-    stretch = SAVE // steps
-    stretches = (tiles + stretch - 1) // stretch
+    i_range, threads = range(plan.threads.rows), plan.threads
+    b, c, columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
+    length = jnp.minimum(chunk, plan.L - c * chunk)
+    order = Stretches(plan, steps, c * chunk, length, (c, b, columns), inp, out)
 
-    # The block's work in order: for each stretch, last first, its tiles but the last forwards, then all backwards.
-    last_tiles = tiles - (stretches - 1) * stretch
-    last_items = 2 * last_tiles - 1
-    full_items = 2 * stretch - 1
-    items = last_items + (stretches - 1) * full_items
-
-    def tile_of(item: Any) -> tuple[Any, Any, Any]:
-        """Stretch, tile within it, and whether it is walked backwards."""
-        later = jnp.maximum(item - last_items, 0)
-        in_last = item < last_items
-        s = jnp.where(in_last, stretches - 1, stretches - 2 - later // full_items)
-        within = jnp.where(in_last, item, lax.rem(later, full_items))
-        count = jnp.where(in_last, last_tiles, stretch)
-        back = within >= count - 1
-        return s, jnp.where(back, 2 * (count - 1) - within, within), back
-
-    def fetch_item(item: Any) -> None:
-        @pl.when(item < items)
+    def fetch(item: Any) -> None:
+        @pl.when(item < order.items)
         def _() -> None:
-            s, k, _ = tile_of(item)
-            slot, start = lax.rem(item, fw.STAGES), first + (s * stretch + k) * steps
-            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, start, slot, steps)
-
-    lax.fori_loop(0, fw.STAGES, lambda item, _: fetch_item(item), None)
+            slot, (s, k, _) = lax.rem(item, fw.STAGES), order.tile(item)
+            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, order.start(s, k), slot, steps)
 
     def prepare(slot: Any) -> None:
         fw.prepare_steps(plan, inp, scr, columns, slot, steps)
@@ -166,14 +149,6 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
             function(0, constants)
         else:
             lax.fori_loop(0, plan.slabs, one, None)
-
-    def entry(k: Any, slab: Any) -> State:
-        """The state entering tile k of the stretch."""
-        return fw.load_state(plan, out["entries"].at[c, k, :, b, slab], columns=columns)
-
-    def start_stretch(s: Any, slab: Any) -> None:
-        saved = fw.load_state(plan, inp["saved"].at[(first + s * SAVE) // SAVE, :, b, slab], columns=columns)
-        fw.store_state(plan, out["entries"].at[c, 0, :, b, slab], saved, columns)
 
     def rebuild(slot: Any, slab: Any, constants: tl.Constants, state: State, count: Any, note: bool) -> State:
         def step(t: Any, carry: tuple) -> tuple:
@@ -231,7 +206,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 products_C.append(ybar[m] * read[m][i])
             flows.append(flow)
             results.append((d_exponent, d_u, y))
-            warp.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
+            tensor.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
         if plan.coupling == "full":
             for m in m_range:
                 for j in m_range:
@@ -300,9 +275,13 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 target = out["dprojections"].at[lax.axis_index("group"), k, m, b, rows, slab]
                 tl.store(target, tl.total(pieces).astype(plan.dtype))
 
-    def forward_item(k: Any, item: Any) -> None:
+    def begin(s: Any) -> list:
+        lax.fori_loop(0, plan.slabs, lambda slab, _: order.note(0, slab, order.saved(s, slab)), None)
+        return []
+
+    def forward_item(k: Any, item: Any, nothing: list) -> list:
         slot = lax.rem(item, fw.STAGES)
-        loaded = entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
+        loaded = order.entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
         plgpu.barrier_wait(scr["arrived"].at[slot])
         fw.prepare_steps(plan, inp, scr, columns, slot, steps)
         if plan.slabs == 1:
@@ -310,18 +289,19 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         tl.sync()
 
         def walk(slab: Any, constants: tl.Constants) -> None:
-            state = rebuild(slot, slab, constants, loaded or entry(k, slab), steps, note=False)
-            fw.store_state(plan, out["entries"].at[c, k + 1, :, b, slab], state, columns)
+            state = rebuild(slot, slab, constants, loaded or order.entry(k, slab), steps, note=False)
+            order.note(k + 1, slab, state)
 
         per_slab(slot, walk)
         tl.sync()
-        fetch_item(item + fw.STAGES)
+        fetch(item + fw.STAGES)
+        return nothing
 
     def backward_item(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
         slot = lax.rem(item, fw.STAGES)
-        start = first + (s * stretch + k) * steps
-        loaded = entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
-        valid = steps if plan.L % steps == 0 else jnp.minimum(steps, first + length - start)
+        start = order.start(s, k)
+        loaded = order.entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
+        valid = order.valid(start)
         plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare(slot)
         if plan.slabs == 1:
@@ -330,7 +310,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
 
         def walk(slab: Any, constants: tl.Constants, offset: int, adjoint: State, sums: dict) -> tuple:
             if offset == steps - part:
-                rebuild(slot, slab, constants, loaded or entry(k, slab), valid, note=True)
+                rebuild(slot, slab, constants, loaded or order.entry(k, slab), valid, note=True)
 
             def step(r: Any, carry: tuple) -> tuple:
                 row = count - 1 - r
@@ -349,7 +329,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
 
                 def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
                     adjoint = fw.load_state(plan, scr["carry"].at[slab])
-                    stored = Sums(plan, out, slab, columns)
+                    stored = Sums(plan, out, c, b, slab, columns)
                     adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
                     fw.store_state(plan, scr["carry"].at[slab], adjoint)
                     stored.store(sums)
@@ -364,25 +344,15 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 target = out[name].at[:, b, pl.ds(start, steps), columns]
                 plgpu.copy_smem_to_gmem(scr[source].at[slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        fetch_item(item + fw.STAGES)
+        fetch(item + fw.STAGES)
         return adjoint, sums, rows
-
-    def one_stretch(j: Any, carry: tuple) -> tuple:
-        s = stretches - 1 - j
-        count = jnp.where(j == 0, last_tiles, stretch)
-        item = jnp.where(j == 0, 0, last_items + (j - 1) * full_items)
-        lax.fori_loop(0, plan.slabs, lambda slab, _: start_stretch(s, slab), None)
-        lax.fori_loop(0, count - 1, lambda k, _: forward_item(k, item + k), None)
-        return lax.fori_loop(
-            0, count, lambda k, carry: backward_item(s, count - 1 - k, item + count - 1 + k, carry), carry
-        )
 
     zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
     rows = [(zero_rows, zero_rows) for _ in m_range]
     constants = None
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
-        sums = Sums(plan, out, 0, columns)
+        sums = Sums(plan, out, c, b, 0, columns)
         adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
         carry = (adjoint, sums.zero(), rows)
     else:
@@ -390,12 +360,13 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         def start_slab(slab: Any, _: None) -> None:
             adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, slab], columns=columns)
             fw.store_state(plan, scr["carry"].at[slab], adjoint)
-            sums = Sums(plan, out, slab, columns)
+            sums = Sums(plan, out, c, b, slab, columns)
             sums.store(sums.zero())
 
         lax.fori_loop(0, plan.slabs, start_slab, None)
         carry = ([], {}, rows)
-    adjoint, totals, rows = lax.fori_loop(0, stretches, one_stretch, carry)
+    lax.fori_loop(0, fw.STAGES, lambda item, _: fetch(item), None)
+    adjoint, totals, rows = order.walk(begin, forward_item, backward_item, carry)
     if plan.slabs == 1:
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
         sums.store(totals)

@@ -43,8 +43,8 @@ def choose_tiling(
 
 
 def size(ref: Any) -> int:
-    """Bytes."""
-    return math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+    """Bytes of shared memory; Pallas aligns to 1024."""
+    return -(-math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024
 
 
 def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
@@ -191,13 +191,14 @@ def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array |
     return tl.over_channels(plan, scr["flags"].at[slot, :, m], steps) if plan.masked else None
 
 
-def prepare_steps(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int) -> None:
-    """dt and u = dt x of a tile."""
-    out = []
+def prepare_steps(
+    plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, steps: int, bias: list[jax.Array] | None = None
+) -> None:
+    """dt and u = dt x of a tile; `bias`: if dt_bias is loaded already."""
+    bias, out = bias or tl.load_parameters(plan, inp, "dt_bias", columns, steps), []
     for m in range(plan.M):
         here = present(plan, scr, slot, m, steps)
-        bias = tl.over_steps(plan, inp["dt_bias"].at[m, columns], steps)
-        dt = tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], steps), bias, here)
+        dt = tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], steps), bias[m], here)
         out.append((dt, dt * tl.keep(here, tl.load_rows(plan, scr["x"].at[slot, m], steps))))
     for m, (dt, u) in enumerate(out):
         tl.store(scr["step"].at[:, m, :], dt)

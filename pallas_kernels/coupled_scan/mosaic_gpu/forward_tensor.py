@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import tensor
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.pairs import STAGES, Pair, launch
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import State
@@ -110,21 +110,21 @@ class _Forward(Pair):
 
         def step(t: Any, carry: tuple) -> tuple:
             state, dt, C, factors, added, y = carry
-            following = self.load_dt(scr, t + 1), self.load_C(scr, t + 1), self.load_factors(scr, t + 2)
+            following = tl.load_dt(plan, scr, t + 1), self.load_C(scr, t + 1), tl.load_factors(plan, scr, t + 2)
             store_read(jnp.maximum(t - 1, 0), y)
             entering = tl.reset_state(plan, scr, slot, t, state)
-            decays = self.decays(constants, dt)
+            decays = constants.decays(dt)
             passed = [[decays[m][i] * entering[0][i] for i in rows] for m in modalities]
             after = [[added[i] + tl.total([passed[m][i] for m in modalities]) for i in rows]]
             read = after * plan.M if plan.readout == "shared" else passed
-            y = [warp.dot_states(plan, read[m], C[m]) for m in modalities]
+            y = [tensor.dot_states(plan, read[m], C[m]) for m in modalities]
             after = tl.hold_state(plan, scr, slot, t, entering, after)
-            return after, *following, warp.outer_products(plan, *factors), y
+            return after, *following, tensor.outer_products(plan, *factors), y
 
         here = self.steps_of(n)
-        added = warp.outer_products(plan, *self.load_factors(scr, 0))
+        added = tensor.outer_products(plan, *tl.load_factors(plan, scr, 0))
         nothing = [tl.fill(plan, 0.0)] * plan.M
-        carry = (state, self.load_dt(scr, 0), self.load_C(scr, 0), self.load_factors(scr, 1), added, nothing)
+        carry = (state, tl.load_dt(plan, scr, 0), self.load_C(scr, 0), tl.load_factors(plan, scr, 1), added, nothing)
         state, *_, y = fw.walk_steps(here, min(8, steps), step, carry)
         store_read(here - 1, y)
         return state

@@ -13,25 +13,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import interpreted, layout_cast
+from pallas_kernels._compat import interpreted
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     F32,
-    FACTOR_LAYOUT,
+    FACTORS,
     MULTIPROCESSORS,
     SHARED_MEMORY,
     SLAB,
     Plan,
-    projection_layout,
 )
-from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
 
 STAGES = 3
 """Tiles in flight or in use: one that is finished, one that is scanned, one on its way."""
-FACTORS = 4
-"""Modalities that the tensor cores take; those a problem does not have are zero."""
 SCAN_REGISTERS, OTHER_REGISTERS = 176, 80
 """Of a thread, where four warpgroups share a multiprocessor."""
 
@@ -152,19 +149,10 @@ class Pair(abc.ABC):
 
         lax.fori_loop(0, STAGES, lambda n, _: fetch(n), None)
         for n in range(2):
-            self.clear_factors(self.tile(n))
+            tl.clear_factors(plan, self.tile(n), steps)
         prepare(0)
         lax.fori_loop(0, tiles, tile, None)
         plgpu.wait_smem_to_gmem(0)
-
-    def clear_factors(self, scr: Refs) -> None:
-        """Zeroes u and B of the modalities that only the tensor cores see."""
-        plan, steps, channels = self.plan, self.steps, self.plan.threads.channels
-        for m in range(plan.M, FACTORS):
-            zeros = layout_cast(jnp.zeros((steps, channels), F32), plan.threads.over_steps(steps))
-            tl.store(scr["u"].at[:, m, pl.ds(0, channels)], zeros)
-            zeros = layout_cast(jnp.zeros((steps, SLAB), F32), projection_layout(steps))
-            tl.store(scr["projections"].at[:, 0, m], zeros)
 
     def prepare(self, scr: Refs, slot: Any) -> None:
         """What the scan of a tile needs once a channel and step."""
@@ -194,26 +182,10 @@ class Pair(abc.ABC):
         whole = self.plan.L % self.steps == 0
         return self.steps if whole else jnp.minimum(self.steps, self.first + self.length - self.start(n))
 
-    def load_dt(self, scr: Refs, t: Any) -> list[jax.Array]:
-        """dt of every modality at step t, before it is spread."""
-        t = jnp.clip(t, 0, self.steps - 1)
-        return [tl.load_channels(self.plan, scr["step"].at[t, m]) for m in range(self.plan.M)]
-
     def load_C(self, scr: Refs, t: Any) -> list[list[jax.Array]]:
         """C of every modality at step t."""
         t = jnp.clip(t, 0, self.steps - 1)
         return [warp.load_projection(self.plan, scr["projections"].at[t, 1, m]) for m in range(self.plan.M)]
-
-    def load_factors(self, scr: Refs, t: Any) -> tuple[jax.Array, jax.Array]:
-        """u and B of step t as the tensor cores take them."""
-        threads, t = self.plan.threads, jnp.minimum(t, self.steps - 1)
-        u = tl.load(scr["u"].at[t, :, pl.ds(0, threads.channels)], threads.layout)
-        return u, tl.load(scr["projections"].at[t, 0], FACTOR_LAYOUT)
-
-    def decays(self, constants: tl.Constants, dt: list[jax.Array]) -> State:
-        """g a of every modality."""
-        dt = [tl.spread_channels(self.plan, v) for v in dt]
-        return [[constants.decay(m, i, v) for i in range(self.plan.threads.rows)] for m, v in enumerate(dt)]
 
 
 def launch(

@@ -91,8 +91,10 @@ NARROW = Threads(lanes=4)
 """Of the forward pass where there are few blocks."""
 TENSOR, NARROW_TENSOR = Threads(lanes=4, vector=2, tensor=True), Threads(lanes=4, tensor=True)
 """Of the forward pass on the tensor cores."""
-FACTOR_LAYOUT = _tiled(((4, SLAB), (2,)), (plgpu.Replicated(4),), (-2, -3), -1)
-"""[4, SLAB], four modalities of B as the tensor cores take them."""
+FACTORS = 4
+"""Modalities that the tensor cores take; those a problem does not have are zero."""
+FACTOR_LAYOUT = _tiled(((FACTORS, SLAB), (2,)), (plgpu.Replicated(4),), (-2, -3), -1)
+"""[FACTORS, SLAB], four modalities of B as the tensor cores take them."""
 
 
 def projection_layout(steps: int) -> Any:
@@ -220,6 +222,10 @@ class Plan:
         if not few or NARROW.channels >= self.D:
             return dataclasses.replace(self, threads=TENSOR) if self.tensor else self
         return dataclasses.replace(self, threads=NARROW_TENSOR if self.tensor else NARROW)
+
+    def backward(self) -> "Plan":
+        """The plan of the backward pass."""
+        return dataclasses.replace(self, threads=TENSOR) if self.tensor else self
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""

@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import tensor
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.pairs import STAGES, Pair, launch
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
@@ -50,13 +50,13 @@ class _Summary(Pair):
 
         def step(t: Any, carry: tuple) -> tuple:
             product, rest, dt, factors, added = carry
-            following = self.load_dt(scr, t + 1), self.load_factors(scr, t + 2)
+            following = tl.load_dt(plan, scr, t + 1), tl.load_factors(plan, scr, t + 2)
             product, rest = (tl.reset_state(plan, scr, slot, t, v) for v in (product, rest))
-            product, rest = self.advance(slot, t, self.total(self.decays(constants, dt)), [added], product, rest)
-            return product, rest, *following, warp.outer_products(plan, *factors)
+            product, rest = self.advance(slot, t, self.total(constants.decays(dt)), [added], product, rest)
+            return product, rest, *following, tensor.outer_products(plan, *factors)
 
-        added = warp.outer_products(plan, *self.load_factors(scr, 0))
-        carry = (*carry, self.load_dt(scr, 0), self.load_factors(scr, 1), added)
+        added = tensor.outer_products(plan, *tl.load_factors(plan, scr, 0))
+        carry = (*carry, tl.load_dt(plan, scr, 0), tl.load_factors(plan, scr, 1), added)
         return fw.walk_steps(self.steps_of(n), min(8, self.steps), step, carry)[:2]
 
     def total(self, values: State) -> State:
@@ -102,13 +102,13 @@ class _Adjoint(_Summary):
             at = jnp.clip(t, 0, self.steps - 1)
             channels = pl.ds(0, plan.threads.channels)
             ybar = [tl.load_channels(plan, scr["u"].at[at, m, channels]) for m in modalities]
-            return self.load_dt(scr, t), ybar, self.load_C(scr, t)
+            return tl.load_dt(plan, scr, t), ybar, self.load_C(scr, t)
 
         def step(r: Any, carry: tuple) -> tuple:
             product, rest, (dt, ybar, C) = carry
             t = here - 1 - r
             following = load(t - 1)
-            decays = self.decays(constants, dt)
+            decays = constants.decays(dt)
             ybar = [tl.spread_channels(plan, v) for v in ybar]
             added = [[ybar[m] * C[m][i] for i in rows] for m in modalities]
             if plan.readout == "shared":

@@ -2,11 +2,16 @@
 
 from typing import Any
 
-from jax import lax
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
+from pallas_kernels.coupled_scan.mosaic_gpu import warp
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
+
+Array = jax.Array
 
 
 class Sums:
@@ -17,12 +22,13 @@ class Sums:
     Args:
         plan: the plan.
         out: the outputs of the kernel.
+        c: chunk.
+        b: sample.
         slab: of states.
         columns: channels of the block.
     """
 
-    def __init__(self, plan: Plan, out: Refs, slab: Any, columns: Any):
-        b, c = lax.axis_index("sample"), lax.axis_index("chunk")
+    def __init__(self, plan: Plan, out: Refs, c: Any, b: Any, slab: Any, columns: Any):
         self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" else [])
         self.plan, self.columns = plan, columns
         self.refs = {name: out[name].at[c, b, :, slab] for name in self.names}
@@ -56,3 +62,44 @@ class Sums:
         for j, rows in enumerate(sums.get("dweights", [])):
             for k, value in enumerate(rows):
                 tl.store(self.weights.at[j, k, :, self.columns], value)
+
+
+def add_pairs(plan: Plan, sums: list[Array], values: list[Array]) -> list[Array]:
+    """Adds the values of each thread's two channels: `rows` arrays to half as many, two states in each."""
+    threads = plan.threads
+    if plan.interpret:
+        pairs = [jnp.sum(v.reshape(threads.lanes, -1, 2), axis=2) for v in values]
+        packed = [jnp.stack(pairs[k : k + 2], axis=2).reshape(threads.shape) for k in range(0, threads.rows, 2)]
+        return [a + v for a, v in zip(sums, packed, strict=True)]
+    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
+    half = threads.rows // 2
+
+    @plgpu.inline_mgpu(arg_types=[threads.layout] * (half + threads.rows), return_type=[like] * half)
+    def add(ctx: Any, *arrays: Any) -> list[Any]:
+        del ctx
+        arith = warp.dialects()[1]
+        before, added = ([warp.values(v) for v in part] for part in (arrays[:half], arrays[half:]))
+        pairs = [arith.addf(*v) for v in added]
+        return [
+            warp.array(threads, [arith.addf(before[k][j], pairs[2 * k + j]) for j in range(2)]) for k in range(half)
+        ]
+
+    return list(add(*sums, *values))
+
+
+def split_pairs(plan: Plan, sums: list[Array]) -> list[Array]:
+    """`rows` arrays from what `add_pairs` added up; every other channel is zero."""
+    threads = plan.threads
+    if plan.interpret:
+        pairs = [v.reshape(threads.lanes, -1, 2)[:, :, j] for v in sums for j in range(2)]
+        return [jnp.stack([v, jnp.zeros_like(v)], axis=2).reshape(threads.shape) for v in pairs]
+    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
+
+    @plgpu.inline_mgpu(arg_types=[threads.layout] * len(sums), return_type=[like] * threads.rows)
+    def split(ctx: Any, *arrays: Any) -> list[Any]:
+        del ctx
+        numbers = [v for array in arrays for v in warp.values(array)]
+        zero = warp.dialects()[1].constant(numbers[0].type, 0.0)
+        return [warp.array(threads, [v, zero]) for v in numbers]
+
+    return list(split(*sums))

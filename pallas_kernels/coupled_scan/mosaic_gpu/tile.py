@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast, load, store
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan, projection_layout
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, FACTOR_LAYOUT, FACTORS, SLAB, Plan, projection_layout
 
 Array = jax.Array
 Refs = dict[str, Any]
@@ -62,6 +62,11 @@ def over_steps(plan: Plan, ref: Any, steps: int) -> Array:
     return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(0)), shape, (1,)), layout)
 
 
+def load_parameters(plan: Plan, inp: Refs, name: str, columns: Any, steps: int) -> list[Array]:
+    """dt_bias or the skip of every modality, [steps, channels]."""
+    return [over_steps(plan, inp[name].at[m, columns], steps) for m in range(plan.M)]
+
+
 def over_channels(plan: Plan, ref: Any, steps: int) -> Array:
     """A reference [steps] -> [steps, channels], the same in every channel."""
     layout = plan.threads.over_steps(steps)
@@ -89,6 +94,32 @@ def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, 
             both.append(values)
         if "BC" in scr:
             store(scr["BC"].at[m], jnp.sum(both[0] * both[1], axis=1))
+
+
+def clear_factors(plan: Plan, scr: Refs, steps: int) -> None:
+    """Zeroes the factors of the modalities that only the tensor cores see."""
+    channels = plan.threads.channels
+    for m in range(plan.M, FACTORS):
+        zeros = layout_cast(jnp.zeros((steps, channels), F32), plan.threads.over_steps(steps))
+        for name in ("u", "ybar"):
+            if name in scr:
+                store(scr[name].at[:, m, pl.ds(0, channels)], zeros)
+        zeros = layout_cast(jnp.zeros((steps, SLAB), F32), projection_layout(steps))
+        for k in range(2):
+            store(scr["projections"].at[:, k, m], zeros)
+
+
+def load_dt(plan: Plan, scr: Refs, t: Any) -> list[Array]:
+    """dt of every modality at step t of a tile, before it is spread."""
+    t = jnp.clip(t, 0, scr["step"].shape[0] - 1)
+    return [load_channels(plan, scr["step"].at[t, m]) for m in range(plan.M)]
+
+
+def load_factors(plan: Plan, scr: Refs, t: Any, name: str = "u", k: int = 0) -> tuple[Array, Array]:
+    """u and B of step t of a tile as the tensor cores take them, or what is called `name` and projection k."""
+    threads, t = plan.threads, jnp.clip(t, 0, scr[name].shape[0] - 1)
+    u = load(scr[name].at[t, :, pl.ds(0, threads.channels)], threads.layout)
+    return u, load(scr["projections"].at[t, k], FACTOR_LAYOUT)
 
 
 def softplus(plan: Plan, values: Array) -> Array:
@@ -160,6 +191,11 @@ class Constants:
         """g a = exp(dt A + log g), one multiply-add and one power of two."""
         exponent = dt * self.A[m][i]
         return jnp.exp2(exponent if self.gain is None else exponent + self.gain[m][i])
+
+    def decays(self, dt: list[Array]) -> State:
+        """g a of every modality, whose dt is not spread yet."""
+        dt = [spread_channels(self.plan, v) for v in dt]
+        return [[self.decay(m, i, v) for i in range(self.plan.threads.rows)] for m, v in enumerate(dt)]
 
     def entering(self, m: int, i: int, state: State) -> Array:
         """What modality m reads of the states before a step: H, h^m or SUM_j W_mj h^j."""

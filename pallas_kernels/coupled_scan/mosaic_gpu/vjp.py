@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.coupled_scan.mosaic_gpu import backward, chunks, forward, forward_tensor
+from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, chunks, forward, forward_tensor, stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LOG2E, SLAB, Plan, pad_axis
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
 
@@ -26,10 +26,10 @@ def scan(interpret: Any, p: Problem) -> ScanOutput:
 def _forward(interpret: Any, p: Problem, *, save: bool) -> tuple[ScanOutput, dict[str, Array]]:
     plan, arrays = prepare(interpret, p)
     plan = plan.forward()
-    chunk = plan.chunk_steps(backward.SAVE)
+    chunk = plan.chunk_steps(stretches.SAVE)
     arrays["state"] = chunks.entering(plan, arrays, chunk)
     run = forward_tensor.run if plan.threads.tensor else forward.run
-    out = run(plan, arrays, chunk, backward.SAVE if save else None)
+    out = run(plan, arrays, chunk, stretches.SAVE if save else None)
     final = unpack_state(p, out["final"])
     y = out["y"][:, :, : plan.L, : p.x.shape[-1]].astype(p.x.dtype)
     return ScanOutput(y=y, final_state=final), {k: out[k] for k in out if k == "saved"}
@@ -43,12 +43,14 @@ def _forward_rule(interpret: Any, p: Problem) -> tuple[ScanOutput, tuple[Problem
 def _backward_rule(interpret: Any, kept: tuple[Problem, dict[str, Array]], bar: ScanOutput) -> tuple[Problem]:
     p, saved = kept
     plan, arrays = prepare(interpret, p)
-    chunk = plan.chunk_steps(backward.SAVE)
+    chunk = plan.chunk_steps(stretches.SAVE)
     del arrays["state"]
     arrays["dy"] = pad_axis(bar.y.astype(plan.dtype), 3, plan.D)
     final = pack_state(plan, p, bar.final_state.astype(F32))
     arrays["adjoint"] = chunks.adjoint(plan, arrays, final, chunk)
-    out = backward.run(plan, arrays | saved, chunk)
+    plan = plan.backward()
+    run = backward_tensor.run if plan.threads.tensor else backward.run
+    out = run(plan, arrays | saved, chunk)
     return (gradients(plan, p, out),)
 
 

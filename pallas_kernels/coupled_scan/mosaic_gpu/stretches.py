@@ -1,0 +1,104 @@
+"""The order in which the backward kernels walk the tiles of a chunk, and the states that enter them.
+
+The forward pass saved the state entering every SAVE steps. Such a stretch is walked once forwards, and the states
+entering its tiles are noted (in device memory, where the level-2 cache keeps them); then its tiles are walked
+backwards. The last stretch comes first.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
+
+SAVE = 128
+"""Steps between saved states. L / SAVE of them are kept, and SAVE / 8 noted: least together near SAVE = sqrt(8 L)."""
+
+
+class Stretches:
+    """The work on a chunk in order, counted in items: for each stretch its tiles but the last forwards, then all back.
+
+    Args:
+        plan: the plan.
+        steps: of a tile.
+        first: step of the chunk.
+        length: steps of the chunk.
+        place: chunk, sample and channels.
+        inp: the inputs, "saved" among them.
+        out: the outputs, "entries" among them.
+    """
+
+    def __init__(
+        self, plan: Plan, steps: int, first: Any, length: Any, place: tuple[Any, Any, Any], inp: Refs, out: Refs
+    ):
+        self.plan, self.steps, self.first, self.length, self.inp, self.out = plan, steps, first, length, inp, out
+        self.c, self.b, self.columns = place
+        tiles = (length + steps - 1) // steps
+        self.tiles = SAVE // steps  # of a stretch
+        self.stretches = (tiles + self.tiles - 1) // self.tiles
+        self.last_tiles = tiles - (self.stretches - 1) * self.tiles
+        self.last_items, self.full_items = 2 * self.last_tiles - 1, 2 * self.tiles - 1
+        self.items = self.last_items + (self.stretches - 1) * self.full_items
+
+    def tile(self, item: Any) -> tuple[Any, Any, Any]:
+        """Stretch, tile within it, and whether it is walked backwards."""
+        later = jnp.maximum(item - self.last_items, 0)
+        in_last = item < self.last_items
+        s = jnp.where(in_last, self.stretches - 1, self.stretches - 2 - later // self.full_items)
+        within = jnp.where(in_last, item, lax.rem(later, self.full_items))
+        count = jnp.where(in_last, self.last_tiles, self.tiles)
+        back = within >= count - 1
+        return s, jnp.where(back, 2 * (count - 1) - within, within), back
+
+    def start(self, s: Any, k: Any) -> Any:
+        """First step of tile k of stretch s."""
+        return self.first + (s * self.tiles + k) * self.steps
+
+    def valid(self, start: Any) -> Any:
+        """Steps of the tile that starts there; all but the last one of the sequence have `steps`."""
+        whole = self.plan.L % self.steps == 0
+        return self.steps if whole else jnp.minimum(self.steps, self.first + self.length - start)
+
+    def saved(self, s: Any, slab: Any) -> State:
+        """The state entering stretch s."""
+        saved = self.inp["saved"].at[self.start(s, 0) // SAVE, :, self.b, slab]
+        return fw.load_state(self.plan, saved, columns=self.columns)
+
+    def entry(self, k: Any, slab: Any) -> State:
+        """The state entering tile k of the stretch at hand."""
+        return fw.load_state(self.plan, self.out["entries"].at[self.c, k, :, self.b, slab], columns=self.columns)
+
+    def note(self, k: Any, slab: Any, state: State) -> None:
+        """Notes the state entering tile k."""
+        fw.store_state(self.plan, self.out["entries"].at[self.c, k, :, self.b, slab], state, self.columns)
+
+    def walk(
+        self,
+        begin: Callable[[Any], Any],
+        forwards: Callable[[Any, Any, Any], Any],
+        backwards: Callable[[Any, Any, Any, Any], Any],
+        carry: Any,
+    ) -> Any:
+        """What is left of `carry` after all items.
+
+        Args:
+            begin: `state = begin(s)` for stretch s.
+            forwards: `state = forwards(k, item, state)` for tile k of it.
+            backwards: `carry = backwards(s, k, item, carry)`.
+            carry: before the first item.
+        """
+
+        def one(j: Any, carry: Any) -> Any:
+            s = self.stretches - 1 - j
+            count = jnp.where(j == 0, self.last_tiles, self.tiles)
+            item = jnp.where(j == 0, 0, self.last_items + (j - 1) * self.full_items)
+            lax.fori_loop(0, count - 1, lambda k, state: forwards(k, item + k, state), begin(s))
+            return lax.fori_loop(
+                0, count, lambda k, carry: backwards(s, count - 1 - k, item + count - 1 + k, carry), carry
+            )
+
+        return lax.fori_loop(0, self.stretches, one, carry)
