@@ -3,13 +3,17 @@
 vjp.py             problem -> arrays of the kernels -> results; the derivative rule
 plan.py            sizes, layouts over the threads, and the rules that cut time into chunks and choose a forward kernel
 tile.py            what the kernels do alike: loads, elementwise maths, one step
-warp.py            the same below Pallas: vectors of a thread, products and sums on the tensor cores
+warp.py            the same below Pallas: vectors of a thread, and what they are built of
+tensor.py          products and sums on the tensor cores
 forward.py         the forward kernel, and how a kernel is launched
-forward_tensor.py  the forward kernel and the summary of chunks on the tensor cores: the paper's case in bfloat16
+forward_tensor.py  the forward kernel on the tensor cores: the paper's case in bfloat16
 pairs.py           its pairs of warpgroups
 backward.py        the backward kernel
-sums.py            its running sums of the parameters' gradients
+backward_tensor.py the backward kernel on the tensor cores
+stretches.py       the order in which both walk their tiles, and the states that enter them
+sums.py            their running sums of the parameters' gradients
 chunks.py          what enters chunks of time that run at once
+summary_tensor.py  the same on the tensor cores
 
 Axes: M modality, B batch, L time, D channel, N state; S chains (1 for `shared`: H = SUM_m h^m, else M).
 
@@ -29,7 +33,10 @@ result. The sum of u_m B_m over the modalities, of rank M, is two products, the 
 for each m; u_m SUM_n B_mn C_mn is added where y is gated. Left are 4 instructions for each state and modality, 121 in
 all instead of 165 for 24 of them. Factors have 11 bits: B and C are exact in them, u is rounded, g a H is cut off.
 A pair of warpgroups shares the work: one only scans, the other prepares and finishes tiles (`pairs`); two pairs make
-a block, so that registers can be moved to those that scan.
+a block, so that registers can be moved to those that scan. Backwards a warpgroup does everything (`backward_tensor`):
+347 instructions a thread and step for the adjoint instead of 456, 86 instead of 138 to find the next state again. The
+sums over channels for dB and dC are products in bfloat16 whose factors are turned by `movmatrix`, since the states lie
+where the tensor cores want what they add up.
 
 **Where things live.** Registers: the states, A and log g of the thread, in the backward pass also the running sums of
 dA and d(log g). Shared memory: tiles in flight, the tile's dt, dt x, B and C, halves of y; backwards the state entering
@@ -57,13 +64,25 @@ for 63%.
 - Twice as many chunks: S4 2.57.
 - In `forward`: B and C as 16 bits from shared memory, 5 to 7% slower; one barrier a tile instead of two, 8% (S3).
 
-Backward: 456 instructions a thread and step, and 240 more to find the states again, twice.
+Backward without tensor cores (`backward`), 3.5: 456 instructions a thread and step, and twice 138 to find the states.
 
 - 4 states a thread: 5.3 instead of 4.1, shared memory becomes the limit.
 - B and C loaded four at a time: 2 to 4% faster (kept). As 16 bits: no difference.
 - Loads of the next step before the stores of this one: 7 to 10% slower, they queue up.
 - Sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once).
 - log g in shared memory, or two steps an iteration: no difference.
+
+Backward on the tensor cores (`backward_tensor`), 3.0: 706 instructions a thread and step in all. The walk backwards has
+half of the instructions and 31% of the time, the walks forwards 29% (they wait for the special-function unit), what is
+done once a channel and step 39% (two warps a scheduler do not hide its latencies).
+
+- One warpgroup walks backwards, another finds states, prepares and finishes: 3.8. The second one is the slower.
+- One warpgroup walks, another prepares and finishes: not run, 1059 instructions (tiles of 4 steps are all that fits).
+- Two warpgroups with 32 channels each, 4 warps a scheduler: 3.9. 902 instructions; 128 registers are too few.
+- One block a multiprocessor, for want of 1 kB of shared memory: 4.1.
+- dt_bias and skip loaded before waiting, the next tile fetched after the walk has begun: 3.1 to 3.0 (kept).
+- Two or four steps an iteration: no difference.
+- States saved every 16 (8) steps instead of 128: 2.75 (2.45), with extra memory of 40% (61%) instead of 23%.
 """
 
 import dataclasses
