@@ -72,9 +72,9 @@ Backward without tensor cores (`backward`), 3.5: 456 instructions a thread and s
 - Sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once).
 - log g in shared memory, or two steps an iteration: no difference.
 
-Backward on the tensor cores (`backward_tensor`), 3.0: 706 instructions a thread and step in all. The walk backwards has
-half of the instructions and 31% of the time, the walks forwards 29% (they wait for the special-function unit), what is
-done once a channel and step 39% (two warps a scheduler do not hide its latencies).
+Backward on the tensor cores (`backward_tensor`), 3.0: about 700 instructions a thread and step. The walk backwards has
+half of them and 31% of the time, the walks forwards take 29% (they wait for the special-function unit), what is done
+once a channel and step 39% (two warps a scheduler do not hide its latencies).
 
 - One warpgroup walks backwards, another finds states, prepares and finishes: 3.8. The second one is the slower.
 - One warpgroup walks, another prepares and finishes: not run, 1059 instructions (tiles of 4 steps are all that fits).
@@ -82,7 +82,7 @@ done once a channel and step 39% (two warps a scheduler do not hide its latencie
 - One block a multiprocessor, for want of 1 kB of shared memory: 4.1.
 - dt_bias and skip loaded before waiting, the next tile fetched after the walk has begun: 3.1 to 3.0 (kept).
 - Two or four steps an iteration: no difference.
-- States saved every 16 (8) steps instead of 128: 2.75 (2.45), with extra memory of 40% (61%) instead of 23%.
+- States saved every 16 (8) steps instead of 128: 2.8 (2.4), with extra memory of 40% (61%) instead of 23%.
 """
 
 import dataclasses

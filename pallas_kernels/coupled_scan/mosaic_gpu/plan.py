@@ -90,7 +90,7 @@ class Threads:
 NARROW = Threads(lanes=4)
 """Of the forward pass where there are few blocks."""
 TENSOR, NARROW_TENSOR = Threads(lanes=4, vector=2, tensor=True), Threads(lanes=4, tensor=True)
-"""Of the forward pass on the tensor cores."""
+"""On the tensor cores: of both passes, and of the forward pass where there are few blocks."""
 FACTORS = 4
 """Modalities that the tensor cores take; those a problem does not have are zero."""
 FACTOR_LAYOUT = _tiled(((FACTORS, SLAB), (2,)), (plgpu.Replicated(4),), (-2, -3), -1)
