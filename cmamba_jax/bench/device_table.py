@@ -14,7 +14,6 @@ from cmamba_jax.bench.timing import copy_bandwidth, median_seconds
 from cmamba_jax.bench.tpu_compile import abstract_inputs
 from cmamba_jax.errors import UserError
 from cmamba_jax.results import records
-from cmamba_jax.train.runs import read_json
 from pallas_kernels import Shared, choose_implementation, coupled_scan
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
 from pallas_kernels.coupled_scan.types import Problem
@@ -36,8 +35,6 @@ def run(
 ) -> str:
     """Measures, writes device_table.json and device_table.png, and returns the table.
 
-    An interrupted run goes on with the shapes that are missing, if `head` and `repeats` are the same.
-
     Args:
         shapes: names in `BENCHMARKS`.
         sweep: whether to sweep L at constant B x L, and B, on the sizes of S2.
@@ -58,12 +55,13 @@ def run(
             cases[f"L={length}"] = dataclasses.replace(base, B=max(1, 32_768 // length), L=length)
         for batch in (1, 4, 16):
             cases[f"B={batch}"] = dataclasses.replace(base, B=batch)
-    head = {**head, "repeats": repeats}
-    report = _interrupted(head, output) or {**head, "bandwidth_bytes_per_second": copy_bandwidth(), "results": []}
-    done = {record["shape"] for record in report["results"]}
+    report = {
+        **head,
+        "bandwidth_bytes_per_second": copy_bandwidth(),
+        "repeats": repeats,
+        "results": [],
+    }
     for name, case in tqdm(cases.items(), desc="shapes", leave=False):
-        if name in done:
-            continue
         record = {"shape": name, "case": dataclasses.asdict(case), "floor_ms": _floor(case, report)}
         for implementation in implementations:
             record[implementation] = _measure(implementation, case, repeats)
@@ -71,13 +69,6 @@ def run(
         records.save(report, output)  # after every shape: a sweep takes minutes, and what it has measured stays
     _plot(report, implementations, output / "device_table.png")
     return _table(report, implementations)
-
-
-def _interrupted(head: Mapping[str, Any], output: pathlib.Path) -> dict[str, Any] | None:
-    """What a run with the same head has left in the folder."""
-    path = output / "device_table.json"
-    report = read_json(path) if path.exists() else {}
-    return report if all(report.get(key) == value for key, value in head.items()) else None
 
 
 def _measure(implementation: str, case: Case, repeats: int) -> dict[str, Any]:

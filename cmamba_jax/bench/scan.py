@@ -50,7 +50,7 @@ class Options:
     shapes: tuple[Literal["S1", "S2", "S3", "S4"], ...] = ("S1", "S2", "S3", "S4")
     """Shapes of the device table."""
     sweep: bool = False
-    """Also sweep L and B in the device table. An interrupted table is continued by the same command."""
+    """Also sweep L and B in the device table."""
     peers: tuple[str, ...] = ("installed",)
     """Rows of the device table beside ours: mamba_ssm, jax-linear-attention, xla; "installed": all that are there."""
     output: pathlib.Path = pathlib.Path("runs/bench")

@@ -75,6 +75,11 @@ MEASURED_CASES = [
     # More modalities than the tensor cores take at once, states that do not fill a slab.
     Case(M=5, B=2, L=77, D=200, N=20, mask=True, reset=True, **MEASURED),
     Case(M=4, B=9, L=50, D=1024, N=4, readout="shared", mask=True, initial_state=True, **MEASURED),
+    # On the tensor cores: everything at once; fewer modalities, and without a gate.
+    Case(M=3, B=2, L=300, D=136, N=16, dtype="bfloat16", **suite.EVERYTHING),
+    Case(M=2, B=3, L=141, D=64, N=16, mask=True, **MEASURED),
+    Case(M=1, B=3, L=141, D=64, N=16, **MEASURED),
+    Case(M=3, B=2, L=150, D=128, N=16, dtype="bfloat16", dt_softplus=False),
 ]
 
 

@@ -33,10 +33,11 @@ result. The sum of u_m B_m over the modalities, of rank M, is two products, the 
 for each m; u_m SUM_n B_mn C_mn is added where y is gated. Left are 4 instructions for each state and modality, 121 in
 all instead of 165 for 24 of them. Factors have 11 bits: B and C are exact in them, u is rounded, g a H is cut off.
 A pair of warpgroups shares the work: one only scans, the other prepares and finishes tiles (`pairs`); two pairs make
-a block, so that registers can be moved to those that scan. Backwards a warpgroup does everything (`backward_tensor`):
-347 instructions a thread and step for the adjoint instead of 456, 86 instead of 138 to find the next state again. The
-sums over channels for dB and dC are products in bfloat16 whose factors are turned by `movmatrix`, since the states lie
-where the tensor cores want what they add up.
+a block, so that registers can be moved to those that scan.
+Backwards (for 3 or 4 gated modalities, which is what was checked on a GPU, see `Plan.backward`) a warpgroup does
+everything: 347 instructions a thread and step for the adjoint instead of 456, 86 instead of 138 to find the next state
+again. The sums over channels for dB and dC are products in bfloat16 whose factors are turned by `movmatrix`, since the
+states lie where the tensor cores want what they add up.
 
 **Where things live.** Registers: the states, A and log g of the thread, in the backward pass also the running sums of
 dA and d(log g). Shared memory: tiles in flight, the tile's dt, dt x, B and C, halves of y; backwards the state entering

@@ -113,26 +113,15 @@ def choose_tiling(plan: Plan) -> tuple[int, int]:
 def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
     m_range, (steps, part) = range(plan.M), tiling
     i_range, threads = range(plan.threads.rows), plan.threads
-    b, c, columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
-    length = jnp.minimum(chunk, plan.L - c * chunk)
-    order = Stretches(plan, steps, c * chunk, length, (c, b, columns), inp, out)
-
-    def fetch(item: Any) -> None:
-        @pl.when(item < order.items)
-        def _() -> None:
-            slot, (s, k, _) = lax.rem(item, fw.STAGES), order.tile(item)
-            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, order.start(s, k), slot, steps)
+    order = Stretches(plan, steps, chunk, inp, out, scr)
+    b, c, columns = order.b, order.c, order.columns
 
     def prepare(slot: Any) -> None:
         fw.prepare_steps(plan, inp, scr, columns, slot, steps)
         results = []
         for m in m_range:
             here = fw.present(plan, scr, slot, m, steps)
-            ybar = tl.keep(here, tl.load_rows(plan, scr["dy"].at[slot, m], steps))
-            if plan.gate:
-                z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], steps))
-                ybar = ybar * (z * tl.sigmoid(plan, z))
-            results.append(ybar)
+            results.append(tl.load_ybar(plan, scr, slot, m, steps, here))
         for m, ybar in enumerate(results):
             tl.store(scr["ybar"].at[:, m, :], ybar)
 
@@ -294,7 +283,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
 
         per_slab(slot, walk)
         tl.sync()
-        fetch(item + fw.STAGES)
+        order.fetch(item + fw.STAGES)
         return nothing
 
     def backward_item(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
@@ -329,7 +318,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
 
                 def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
                     adjoint = fw.load_state(plan, scr["carry"].at[slab])
-                    stored = Sums(plan, out, c, b, slab, columns)
+                    stored = Sums(plan, out, slab, columns)
                     adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
                     fw.store_state(plan, scr["carry"].at[slab], adjoint)
                     stored.store(sums)
@@ -344,7 +333,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                 target = out[name].at[:, b, pl.ds(start, steps), columns]
                 plgpu.copy_smem_to_gmem(scr[source].at[slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        fetch(item + fw.STAGES)
+        order.fetch(item + fw.STAGES)
         return adjoint, sums, rows
 
     zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
@@ -352,7 +341,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
     constants = None
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
-        sums = Sums(plan, out, c, b, 0, columns)
+        sums = Sums(plan, out, 0, columns)
         adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
         carry = (adjoint, sums.zero(), rows)
     else:
@@ -360,12 +349,12 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         def start_slab(slab: Any, _: None) -> None:
             adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, slab], columns=columns)
             fw.store_state(plan, scr["carry"].at[slab], adjoint)
-            sums = Sums(plan, out, c, b, slab, columns)
+            sums = Sums(plan, out, slab, columns)
             sums.store(sums.zero())
 
         lax.fori_loop(0, plan.slabs, start_slab, None)
         carry = ([], {}, rows)
-    lax.fori_loop(0, fw.STAGES, lambda item, _: fetch(item), None)
+    lax.fori_loop(0, fw.STAGES, lambda item, _: order.fetch(item), None)
     adjoint, totals, rows = order.walk(begin, forward_item, backward_item, carry)
     if plan.slabs == 1:
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)

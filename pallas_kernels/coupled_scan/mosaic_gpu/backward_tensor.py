@@ -1,4 +1,4 @@
-"""The backward kernel on the tensor cores: `shared`, bfloat16, up to 16 states and 4 modalities.
+"""The backward kernel on the tensor cores: `shared`, bfloat16, gated, up to 16 states, 3 or 4 modalities.
 
 It walks as `backward` does (see `stretches`). With l the adjoint of H, dh_m = l + C_m ybar_m and q_m = g_m a_m H:
 
@@ -36,19 +36,18 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     large = smem((fw.STAGES, m, steps, threads.channels), plan.dtype)
     projections = smem((fw.STAGES, m, steps, 1, SLAB), plan.dtype)
     factors = smem((steps, FACTORS, threads.strip), F32)
-    scratch = dict.fromkeys(("x", "dt", "dy"), large) | dict.fromkeys(("B", "C"), projections)
+    scratch = dict.fromkeys(("x", "dt", "dy", "z"), large) | dict.fromkeys(("B", "C"), projections)
     scratch |= {
         "projections": smem((steps, 2, FACTORS, SLAB), F32),
         "step": smem((steps, m, threads.channels), F32),
         "u": factors,
         "ybar": factors,
+        "y": factors,
         "history": smem((steps, threads.rows * threads.vector // 4, THREADS, 4), F32),
         "sums": smem((steps, 4, SLAB, m, 2), F32),
     }
     if plan.readout == "per_modality":
         scratch["dots"] = smem((2, m, steps), F32)
-    if plan.gate:
-        scratch |= {"z": large, "y": factors}
     if plan.flagged:
         scratch["flags"] = smem((fw.STAGES, steps, plan.flags), F32)
     return scratch
@@ -66,17 +65,10 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
 def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
     if "dots" in scr:
         scr |= {name: scr["dots"].at[k] for k, name in enumerate(("BC", "uy"))}
-    b, c, columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
-    length = jnp.minimum(chunk, plan.L - c * chunk)
-    order = Stretches(plan, steps, c * chunk, length, (c, b, columns), inp, out)
+    order = Stretches(plan, steps, chunk, inp, out, scr)
+    b, c, columns = order.b, order.c, order.columns
     block = _Block(plan, steps, b, columns, inp, out, scr)
     constants = tl.Constants(plan, inp, 0, columns)
-
-    def fetch(item: Any) -> None:
-        @pl.when(item < order.items)
-        def _() -> None:
-            slot, (s, k, _) = lax.rem(item, fw.STAGES), order.tile(item)
-            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, order.start(s, k), slot, steps)
 
     def begin(s: Any) -> State:
         state = order.saved(s, 0)
@@ -88,7 +80,7 @@ def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -
         tl.sync()
         # The results of the item before have long left its slot, where the next item goes.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        fetch(item + 1)
+        order.fetch(item + 1)
 
     def forwards(k: Any, item: Any, state: State) -> State:
         slot = lax.rem(item, fw.STAGES)
@@ -116,14 +108,13 @@ def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -
         rows = block.finish(slot, valid, parameters, rows)
         tl.sync()
         for name in ("x", "dt", "z"):
-            if name in scr:
-                target = out[f"d{name}"].at[:, b, pl.ds(start, steps), columns]
-                plgpu.copy_smem_to_gmem(scr[name].at[slot], target)
+            target = out[f"d{name}"].at[:, b, pl.ds(start, steps), columns]
+            plgpu.copy_smem_to_gmem(scr[name].at[slot], target)
         return adjoint, sums, rows
 
-    fetch(0)
+    order.fetch(0)
     tl.clear_factors(plan, scr, steps)
-    sums = Sums(plan, out, c, b, 0, columns)
+    sums = Sums(plan, out, 0, columns)
     zero = layout_cast(jnp.zeros((steps, plan.threads.channels), F32), plan.threads.over_steps(steps))
     pairs = [[tl.fill(plan, 0.0)] * (plan.threads.rows // 2) for _ in range(plan.M)]
     adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
@@ -154,10 +145,8 @@ class _Block:
         plan, steps, scr, results = self.plan, self.steps, self.scr, []
         for m in range(plan.M):
             here = fw.present(plan, scr, slot, m, steps)
-            x, raw, ybar = (tl.keep(here, tl.load_rows(plan, scr[k].at[slot, m], steps)) for k in ("x", "dt", "dy"))
-            if plan.gate:
-                z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], steps))
-                ybar = tl.round_factor(plan, ybar * (z * tl.sigmoid(plan, z)))
+            x, raw = (tl.keep(here, tl.load_rows(plan, scr[k].at[slot, m], steps)) for k in ("x", "dt"))
+            ybar = tl.round_factor(plan, tl.load_ybar(plan, scr, slot, m, steps, here))
             dt = tl.step_size(plan, raw, bias[m], here)
             results.append((dt, tl.round_factor(plan, dt * x), ybar))
         cut = self.cut
@@ -195,31 +184,25 @@ class _Block:
         results, new_rows = [], []
         for m in range(plan.M):
             here = fw.present(plan, scr, slot, m, steps)
-            flight = {k: tl.load_rows(plan, scr[k].at[slot, m], steps) for k in ("x", "dt", "dy", "z") if k in scr}
-            flight = {k: tl.keep(here, v) for k, v in flight.items()}
-            x, dy = flight["x"], flight["dy"]
-            ybar = dy
-            if plan.gate:
-                gate = tl.sigmoid(plan, flight["z"])
-                ybar = dy * (flight["z"] * gate)
+            flight = [tl.load_rows(plan, scr[k].at[slot, m], steps) for k in ("x", "dt", "dy", "z")]
+            x, raw, dy, z = (tl.keep(here, v) for v in flight)
+            gate = tl.sigmoid(plan, z)
+            ybar = dy * (z * gate)
             dt = tl.load_rows(plan, scr["step"].at[:, m, :], steps)
-            d_exponent, d_u = (tl.load_rows(plan, scr[k].at[:, m, cut], steps) for k in ("ybar", "u"))
-            y = tl.load_rows(plan, scr["y"].at[:, m, cut], steps) if plan.gate else None
+            d_exponent, d_u, y = (tl.load_rows(plan, scr[k].at[:, m, cut], steps) for k in ("ybar", "u", "y"))
             if "BC" in scr:
                 BC = tl.over_channels(plan, scr["BC"].at[m], steps)
                 d_u = d_u + ybar * BC
-                if plan.gate:
-                    y = y + x * dt * BC
+                y = y + x * dt * BC
             d_dt = d_exponent * bw.LN2 + d_u * x
             if plan.dt_softplus:
-                d_dt = d_dt * tl.sigmoid(plan, flight["dt"] + parameters["dt_bias"][m])
+                d_dt = d_dt * tl.sigmoid(plan, raw + parameters["dt_bias"][m])
             d_dt, d_x = tl.keep(here, d_dt), d_u * dt
             if plan.skip:
                 d_x = d_x + parameters["skip"][m] * ybar
-            result = {"x": tl.keep(here, d_x), "dt": d_dt}
-            if plan.gate:
-                y = y + parameters["skip"][m] * x if plan.skip else y
-                result["z"] = dy * y * (gate + flight["z"] * gate * (1.0 - gate))
+                y = y + parameters["skip"][m] * x
+            d_z = dy * y * (gate + z * gate * (1.0 - gate))
+            result = {"x": tl.keep(here, d_x), "dt": d_dt, "z": d_z}
             results.append({name: value.astype(plan.dtype) for name, value in result.items()})
             terms = x * ybar, d_dt
             if not isinstance(valid, int):
@@ -268,14 +251,12 @@ class _Block:
             if whole:
                 after = tensor.outer_products(plan, *tl.load_factors(plan, scr, t))
                 d_h = tensor.add_outer_product(plan, adjoint[0], *ybar_C, None)
-            C = tensor.load_columns(plan, projections.at[t, 1]) if plan.gate else []
+            C = tensor.load_columns(plan, projections.at[t, 1])
             into_u = d_h if whole else adjoint[0]
             leaving, exponents, of_C, y = [0.0] * len(rows), [], [], None
 
-            def read(m: int, values: list[jax.Array], y: jax.Array | None) -> jax.Array | None:
+            def read(m: int, values: list[jax.Array], y: jax.Array | None) -> jax.Array:
                 of_C.append(tensor.turn(plan, [ybar[m] * v for v in values], pairs=True))
-                if not plan.gate:
-                    return None
                 new = tensor.dot_column(plan, values, C)
                 return new if y is None else jnp.where(lane == m, new, y)
 
@@ -297,9 +278,7 @@ class _Block:
                     y = read(m, after, y)
             tensor.sum_turned(plan, of_C, tensor.turn(plan, into_u), scr["u"].at[t, :, cut], scr["sums"].at[t])
             B = tensor.load_columns(plan, projections.at[t, 0])
-            stored = {"ybar": tensor.sum_lanes(plan, exponents), "u": tensor.dot_column(plan, into_u, B)}
-            if plan.gate:
-                stored["y"] = y
+            stored = {"ybar": tensor.sum_lanes(plan, exponents), "u": tensor.dot_column(plan, into_u, B), "y": y}
             for name, value in stored.items():
                 tl.store(scr[name].at[t, :, cut], value)
             adjoint = [leaving]

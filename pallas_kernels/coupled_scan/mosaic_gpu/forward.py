@@ -211,10 +211,7 @@ def prepare_adjoint(plan: Plan, inp: Refs, scr: Refs, columns: Any, slot: Any, s
     for m in range(plan.M):
         here = present(plan, scr, slot, m, steps)
         bias = tl.over_steps(plan, inp["dt_bias"].at[m, columns], steps)
-        ybar = tl.keep(here, tl.load_rows(plan, scr["dy"].at[slot, m], steps))
-        if plan.gate:
-            z = tl.keep(here, tl.load_rows(plan, scr["z"].at[slot, m], steps))
-            ybar = ybar * (z * tl.sigmoid(plan, z))
+        ybar = tl.load_ybar(plan, scr, slot, m, steps, here)
         out.append((tl.step_size(plan, tl.load_rows(plan, scr["dt"].at[slot, m], steps), bias, here), ybar))
     for m, (dt, ybar) in enumerate(out):
         tl.store(scr["step"].at[:, m, :], dt)

@@ -224,8 +224,11 @@ class Plan:
         return dataclasses.replace(self, threads=NARROW_TENSOR if self.tensor else NARROW)
 
     def backward(self) -> "Plan":
-        """The plan of the backward pass."""
-        return dataclasses.replace(self, threads=TENSOR) if self.tensor else self
+        """The plan of the backward pass.
+
+        Its kernel on the tensor cores has only been checked on a GPU for 3 and 4 modalities and with the gate.
+        """
+        return dataclasses.replace(self, threads=TENSOR) if self.tensor and self.M >= 3 and self.gate else self
 
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
@@ -20,39 +21,50 @@ SAVE = 128
 
 
 class Stretches:
-    """The work on a chunk in order, counted in items: for each stretch its tiles but the last forwards, then all back.
+    """The work of a block in order, counted in items: for each stretch its tiles but the last forwards, then all back.
 
     Args:
         plan: the plan.
         steps: of a tile.
-        first: step of the chunk.
-        length: steps of the chunk.
-        place: chunk, sample and channels.
+        chunk: steps of a chunk.
         inp: the inputs, "saved" among them.
         out: the outputs, "entries" among them.
+        scr: the shared memory.
+
+    Attributes:
+        b, c, columns: sample, chunk and channels of the block.
+        items: their number.
     """
 
-    def __init__(
-        self, plan: Plan, steps: int, first: Any, length: Any, place: tuple[Any, Any, Any], inp: Refs, out: Refs
-    ):
-        self.plan, self.steps, self.first, self.length, self.inp, self.out = plan, steps, first, length, inp, out
-        self.c, self.b, self.columns = place
-        tiles = (length + steps - 1) // steps
+    def __init__(self, plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs):
+        self.plan, self.steps, self.inp, self.out, self.scr = plan, steps, inp, out, scr
+        self.b, self.c, self.columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
+        self.first = self.c * chunk
+        self.length = jnp.minimum(chunk, plan.L - self.first)
+        tiles = (self.length + steps - 1) // steps
         self.tiles = SAVE // steps  # of a stretch
         self.stretches = (tiles + self.tiles - 1) // self.tiles
         self.last_tiles = tiles - (self.stretches - 1) * self.tiles
         self.last_items, self.full_items = 2 * self.last_tiles - 1, 2 * self.tiles - 1
         self.items = self.last_items + (self.stretches - 1) * self.full_items
 
-    def tile(self, item: Any) -> tuple[Any, Any, Any]:
-        """Stretch, tile within it, and whether it is walked backwards."""
+    def fetch(self, item: Any) -> None:
+        """Starts the copies of an item's tile, if there is one."""
+
+        @pl.when(item < self.items)
+        def _() -> None:
+            slot, start = lax.rem(item, fw.STAGES), self.start(*self.tile(item))
+            arrived = self.scr["arrived"].at[slot]
+            fw.fetch(self.plan, self.inp, self.scr, arrived, self.b, self.columns, start, slot, self.steps)
+
+    def tile(self, item: Any) -> tuple[Any, Any]:
+        """Stretch, and tile within it."""
         later = jnp.maximum(item - self.last_items, 0)
         in_last = item < self.last_items
         s = jnp.where(in_last, self.stretches - 1, self.stretches - 2 - later // self.full_items)
         within = jnp.where(in_last, item, lax.rem(later, self.full_items))
         count = jnp.where(in_last, self.last_tiles, self.tiles)
-        back = within >= count - 1
-        return s, jnp.where(back, 2 * (count - 1) - within, within), back
+        return s, jnp.where(within >= count - 1, 2 * (count - 1) - within, within)
 
     def start(self, s: Any, k: Any) -> Any:
         """First step of tile k of stretch s."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
@@ -22,13 +23,12 @@ class Sums:
     Args:
         plan: the plan.
         out: the outputs of the kernel.
-        c: chunk.
-        b: sample.
         slab: of states.
         columns: channels of the block.
     """
 
-    def __init__(self, plan: Plan, out: Refs, c: Any, b: Any, slab: Any, columns: Any):
+    def __init__(self, plan: Plan, out: Refs, slab: Any, columns: Any):
+        b, c = lax.axis_index("sample"), lax.axis_index("chunk")
         self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" else [])
         self.plan, self.columns = plan, columns
         self.refs = {name: out[name].at[c, b, :, slab] for name in self.names}

@@ -167,6 +167,15 @@ def keep(present: Array | None, values: Array) -> Array:
     return values if present is None else jnp.where(present > 0, values, jnp.zeros_like(values))
 
 
+def load_ybar(plan: Plan, scr: Refs, slot: Any, m: int, steps: int, here: Array | None) -> Array:
+    """The gradient of y before the gate, [steps, channels]; `here`: where it is present."""
+    ybar = keep(here, load_rows(plan, scr["dy"].at[slot, m], steps))
+    if not plan.gate:
+        return ybar
+    z = keep(here, load_rows(plan, scr["z"].at[slot, m], steps))
+    return ybar * (z * sigmoid(plan, z))
+
+
 class Constants:
     """What the steps of one slab share: A * log2(e), log2 of the gains, and the weights of `full`.
 
