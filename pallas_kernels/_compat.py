@@ -24,6 +24,11 @@ def interpreted(value: bool) -> Iterator[None]:
         _interpreted.reset(token)
 
 
+def is_interpreted() -> bool:
+    """Whether the GPU kernel that is being traced will be interpreted."""
+    return _interpreted.get()
+
+
 @functools.cache
 def _load_takes_index() -> bool:
     index = inspect.signature(plgpu.load).parameters.get("idx")

@@ -125,11 +125,11 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         for m, ybar in enumerate(results):
             tl.store(scr["ybar"].at[:, m, :], ybar)
 
-    def per_slab(slot: Any, function: Any) -> None:
-        """Runs `function(slab, constants)` with B and C of the slab at hand."""
+    def per_slab(slot: Any, function: Any, *, C: bool) -> None:
+        """Runs `function(slab, constants)` with B and, if asked for, C of the slab at hand."""
 
         def one(slab: Any, _: None) -> None:
-            tl.convert_projections(plan, inp, scr, slot, slab, steps)
+            tl.convert_projections(plan, inp, scr, slot, slab, steps, C=C)
             tl.sync()
             function(slab, tl.Constants(plan, inp, slab, columns))
             tl.sync()
@@ -269,29 +269,27 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
         return []
 
     def forward_item(k: Any, item: Any, nothing: list) -> list:
-        slot = lax.rem(item, fw.STAGES)
         loaded = order.entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
-        plgpu.barrier_wait(scr["arrived"].at[slot])
+        slot = order.await_tile(item, forwards=True)
         fw.prepare_steps(plan, inp, scr, columns, slot, steps)
         if plan.slabs == 1:
-            tl.convert_projections(plan, inp, scr, slot, 0, steps)
+            tl.convert_projections(plan, inp, scr, slot, 0, steps, C=False)
         tl.sync()
 
         def walk(slab: Any, constants: tl.Constants) -> None:
             state = rebuild(slot, slab, constants, loaded or order.entry(k, slab), steps, note=False)
             order.note(k + 1, slab, state)
 
-        per_slab(slot, walk)
+        per_slab(slot, walk, C=False)
         tl.sync()
         order.fetch(item + fw.STAGES)
         return nothing
 
     def backward_item(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
-        slot = lax.rem(item, fw.STAGES)
         start = order.start(s, k)
         loaded = order.entry(k, 0) if plan.slabs == 1 else None  # early: device memory takes its time
         valid = order.valid(start)
-        plgpu.barrier_wait(scr["arrived"].at[slot])
+        slot = order.await_tile(item, forwards=False)
         prepare(slot)
         if plan.slabs == 1:
             tl.convert_projections(plan, inp, scr, slot, 0, steps)
@@ -325,9 +323,9 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
                     tl.sync()
                     write_projections(start, offset, slab)
 
-                per_slab(slot, one)
+                per_slab(slot, one, C=True)
             rows = finish(slot, start, offset, valid, rows)
-            tl.sync()
+            (tl.sync if offset else tl.commit)()
         for name, source in (("dx", "x"), ("ddt", "dt"), ("dz", "z")):
             if name in out:
                 target = out[name].at[:, b, pl.ds(start, steps), columns]

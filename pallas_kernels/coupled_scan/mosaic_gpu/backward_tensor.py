@@ -70,47 +70,46 @@ def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -
     block = _Block(plan, steps, b, columns, inp, out, scr)
     constants = tl.Constants(plan, inp, 0, columns)
 
-    def begin(s: Any) -> State:
+    # dt_bias comes from device memory: it is loaded for one tile's results and kept for the next tile's beginning.
+    def begin(s: Any) -> tuple:
         state = order.saved(s, 0)
         order.note(0, 0, state)
-        return state
+        return state, block.load_parameters("dt_bias")
 
-    def start_walk(item: Any) -> None:
-        tl.convert_projections(plan, inp, scr, lax.rem(item, fw.STAGES), 0, steps)
-        tl.sync()
-        # The results of the item before have long left its slot, where the next item goes.
+    def start_walk(item: Any, *, C: bool) -> None:
+        tl.convert_projections(plan, inp, scr, lax.rem(item, fw.STAGES), 0, steps, C=C)
+        # The results of the item before have long left its slot, where the next item goes; waits for the other warps.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         order.fetch(item + 1)
 
-    def forwards(k: Any, item: Any, state: State) -> State:
-        slot = lax.rem(item, fw.STAGES)
-        bias = block.load_parameters("dt_bias")  # early: device memory takes its time
-        plgpu.barrier_wait(scr["arrived"].at[slot])
+    def forwards(k: Any, item: Any, carry: tuple) -> tuple:
+        state, bias = carry
+        slot = order.await_tile(item, forwards=True)
         fw.prepare_steps(plan, inp, scr, columns, slot, steps, bias)
-        start_walk(item)
+        start_walk(item, C=False)
         state = block.walk_forwards(slot, constants, state, steps, note=False)
         order.note(k + 1, 0, state)
         tl.sync()
-        return state
+        return state, bias
 
     def backwards(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
-        slot, start = lax.rem(item, fw.STAGES), order.start(s, k)
-        state, valid, bias = order.entry(k, 0), order.valid(start), block.load_parameters("dt_bias")
-        plgpu.barrier_wait(scr["arrived"].at[slot])
+        start = order.start(s, k)
+        adjoint, sums, rows, bias = carry
+        state, valid = order.entry(k, 0), order.valid(start)  # early: device memory takes its time
+        slot = order.await_tile(item, forwards=False)
         block.prepare(slot, bias)
-        start_walk(item)
+        start_walk(item, C=True)
         block.walk_forwards(slot, constants, state, valid, note=True)
-        adjoint, sums, rows = carry
         adjoint, sums = block.walk_backwards(slot, constants, valid, adjoint, sums)
         parameters = {name: block.load_parameters(name) for name in ("dt_bias", "skip") if name in inp}
         tl.sync()
         block.store_projections(start)
         rows = block.finish(slot, valid, parameters, rows)
-        tl.sync()
+        tl.commit()
         for name in ("x", "dt", "z"):
             target = out[f"d{name}"].at[:, b, pl.ds(start, steps), columns]
             plgpu.copy_smem_to_gmem(scr[name].at[slot], target)
-        return adjoint, sums, rows
+        return adjoint, sums, rows, parameters["dt_bias"]
 
     order.fetch(0)
     tl.clear_factors(plan, scr, steps)
@@ -118,8 +117,9 @@ def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -
     zero = layout_cast(jnp.zeros((steps, plan.threads.channels), F32), plan.threads.over_steps(steps))
     pairs = [[tl.fill(plan, 0.0)] * (plan.threads.rows // 2) for _ in range(plan.M)]
     adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
-    carry = (adjoint, sums.zero() | {"dgain": pairs}, [(zero, zero) for _ in range(plan.M)])
-    adjoint, totals, rows = order.walk(begin, forwards, backwards, carry)
+    rows, bias = [(zero, zero) for _ in range(plan.M)], block.load_parameters("dt_bias")
+    carry = (adjoint, sums.zero() | {"dgain": pairs}, rows, bias)
+    adjoint, totals, rows, _ = order.walk(begin, forwards, backwards, carry)
     fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
     sums.store(totals | {"dgain": [split_pairs(plan, values) for values in totals["dgain"]]})
     for m in range(plan.M):
@@ -150,12 +150,13 @@ class _Block:
             dt = tl.step_size(plan, raw, bias[m], here)
             results.append((dt, tl.round_factor(plan, dt * x), ybar))
         cut = self.cut
+        products = [jnp.sum(u * ybar, axis=1) for _, u, ybar in results] if "uy" in scr else []
         for m, (dt, u, ybar) in enumerate(results):
             tl.store(scr["step"].at[:, m, :], dt)
             tl.store(scr["u"].at[:, m, cut], u)
             tl.store(scr["ybar"].at[:, m, cut], ybar)
-            if "uy" in scr:
-                tl.store(scr["uy"].at[m], jnp.sum(u * ybar, axis=1))
+        for m, product in enumerate(products):
+            tl.store(scr["uy"].at[m], product)
 
     def walk_forwards(self, slot: Any, constants: tl.Constants, state: State, count: Any, *, note: bool) -> State:
         """The state after `count` steps of a tile; `note`: the states entering them are kept."""
@@ -217,6 +218,7 @@ class _Block:
         """dB and dC of the block's channels: the sums of four warps."""
         plan, steps, scr = self.plan, self.steps, self.scr
         layout, rows, group = projection_layout(steps), pl.ds(start, steps), lax.axis_index("group")
+        results = []
         for m in range(plan.M):
             d_C, d_B = (tl.total([tl.load(scr["sums"].at[:, w, :, m, k], layout) for w in range(4)]) for k in range(2))
             if "uy" in scr:
@@ -224,7 +226,9 @@ class _Block:
                 uy = lax.broadcast_in_dim(tl.load(scr["uy"].at[m], layout.reduce(1)), B.shape, (0,))
                 uy = layout_cast(uy, layout)
                 d_B, d_C = d_B + C * uy, d_C + B * uy
-            for k, value in enumerate((d_B, d_C)):
+            results.append((d_B, d_C))
+        for m, values in enumerate(results):
+            for k, value in enumerate(values):
                 target = self.out["dprojections"].at[group, k, m, self.b, rows, 0]
                 tl.store(target, value.astype(plan.dtype))
 

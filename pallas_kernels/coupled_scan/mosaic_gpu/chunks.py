@@ -93,7 +93,7 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
         @pl.when(n < tiles)
         def _() -> None:
             slot = lax.rem(n, fw.STAGES)
-            fw.fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, start(n), slot, STEPS)
+            fw.fetch(inp, scr, scr["arrived"].at[slot], b, columns, start(n), slot, STEPS)
 
     lax.fori_loop(0, fw.STAGES, lambda n, _: fetch_tile(n), None)
 

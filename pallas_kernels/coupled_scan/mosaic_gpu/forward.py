@@ -15,13 +15,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import interpreted
+from pallas_kernels._compat import interpreted, is_interpreted
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SHARED_MEMORY, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 STAGES = 2
+FETCHED = ("x", "dt", "z", "dy", "B", "C", "flags")
+"""What a tile can have."""
+REBUILT = ("x", "dt", "B", "flags")
+"""What finding its states again takes."""
 STATES = {"gain": -1} | dict.fromkeys(
     ("A", "state", "saved", "final", "adjoint", "dA", "dgain", "dstate", "entries", "product", "rest"), -2
 )
@@ -58,7 +62,7 @@ def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "dt": smem(large, plan.dtype),
         "B": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
         "C": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
-        "projections": smem((steps, 2, m, SLAB), F32),
+        "projections": smem((plan.slabs, steps, 2, m, SLAB), F32),
         "step": smem((steps, m, channels), F32),
         "u": smem((steps, m, channels), F32),
         "parts": smem((steps, m, threads.lanes, threads.padded), F32),
@@ -127,7 +131,7 @@ def launch(
     split = (plan.threads.lanes, plan.threads.rows)
     arrays = {k: reshape_states(v, k, split) for k, v in arrays.items()}
     types = {k: jax.ShapeDtypeStruct(split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
-    copies = sum(key in shared for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
+    barriers = {"arrived": FETCHED} | ({"rebuilt": REBUILT} if "history" in shared else {})
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
@@ -138,7 +142,10 @@ def launch(
         kernel,
         out_type=tuple(types.values()),
         scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
-        | {"arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES)},
+        | {
+            name: plgpu.Barrier(num_arrivals=sum(k in shared for k in copied), num_barriers=STAGES)
+            for name, copied in barriers.items()
+        },
         grid=(plan.groups, plan.B, chunks),
         grid_names=("group", "sample", "chunk"),
         compiler_params=plgpu.CompilerParams(
@@ -172,18 +179,33 @@ def my_columns(plan: Plan) -> Any:
 
 
 def fetch(
-    plan: Plan, inp: Refs, scr: Refs, arrived: Any, b: Any, columns: Any, start: Any, slot: Any, steps: int
+    inp: Refs,
+    scr: Refs,
+    arrived: Any,
+    b: Any,
+    columns: Any,
+    start: Any,
+    slot: Any,
+    steps: int,
+    names: Sequence[str] = FETCHED,
 ) -> None:
     """Starts the copies of a tile of sample b to shared memory; what lies beyond the arrays arrives as zeros."""
     rows = pl.ds(start, steps)
-    for key in ("x", "dt", "z", "dy"):
-        if key in scr:
-            plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows, columns], scr[key].at[slot], arrived)
-    for key in ("B", "C"):
-        if key in scr:
-            plgpu.copy_gmem_to_smem(inp[key].at[:, b, rows], scr[key].at[slot], arrived)
-    if plan.flagged:
-        plgpu.copy_gmem_to_smem(inp["flags"].at[b, rows], scr["flags"].at[slot], arrived)
+
+    def copy(key: str) -> None:
+        window = (b, rows) if key == "flags" else (slice(None), b, rows, *([columns] if key not in "BC" else []))
+        plgpu.copy_gmem_to_smem(inp[key].at[window], scr[key].at[slot], arrived)
+
+    def share(warp: Any) -> None:
+        for i, key in enumerate(keys):
+            pl.when(warp == i % 4)(functools.partial(copy, key))
+
+    keys = [key for key in names if key in scr]
+    if is_interpreted():
+        for key in keys:
+            copy(key)
+    else:
+        plgpu.warp_map(share)  # every copy costs its warp about 20 instructions
 
 
 def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array | None:
@@ -299,15 +321,23 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         @pl.when(n < tiles)
         def _() -> None:
             slot = lax.rem(n, STAGES)
-            fetch(plan, inp, scr, scr["arrived"].at[slot], b, columns, first + n * steps, slot, steps)
+            fetch(inp, scr, scr["arrived"].at[slot], b, columns, first + n * steps, slot, steps)
 
     lax.fori_loop(0, STAGES, lambda n, _: fetch_tile(n), None)
 
-    def stored(array: Any, slab: Any) -> Any:
-        return array.at[:, b, slab]
+    def of_slab(slab: Any) -> Refs:
+        """The shared memory of a slab."""
+        return scr | {"projections": scr["projections"].at[slab]}
+
+    def each_slab(function: Callable[[Any], None]) -> None:
+        """Runs `function(slab)` for every slab."""
+        if plan.slabs == 1:
+            function(0)
+        else:
+            lax.fori_loop(0, plan.slabs, lambda slab, _: function(slab), None)
 
     def scan_slab(n: Any, slab: Any, constants: tl.Constants, state: State) -> State:
-        slot = lax.rem(n, STAGES)
+        slot, here = lax.rem(n, STAGES), of_slab(slab)
         if save:
 
             @pl.when(lax.rem(first + n * steps, save) == 0)
@@ -318,7 +348,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             state, loaded = carry
             # The loads of the next step come before the stores of this one: the compiler cannot know that they never
             # meet, and would not move them up.
-            following = load_step(plan, scr, jnp.minimum(t + 1, steps - 1))
+            following = load_step(plan, here, jnp.minimum(t + 1, steps - 1))
             now = spread_step(plan, loaded)
             entering = tl.reset_state(plan, scr, slot, t, state)
             h, after = tl.advance(plan, constants, entering, now)
@@ -332,34 +362,28 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
                 tl.add_slab(plan, scr["parts"].at[t, m, :, pl.ds(0, plan.threads.channels)], sums[m], slab)
             return after, following
 
-        here = steps if plan.L % steps == 0 else jnp.minimum(steps, length - n * steps)
-        state, _ = walk_steps(here, min(8, steps), step, (state, load_step(plan, scr, 0)))
+        count = steps if plan.L % steps == 0 else jnp.minimum(steps, length - n * steps)
+        state, _ = walk_steps(count, min(8, steps), step, (state, load_step(plan, here, 0)))
         return state
 
     def prepare(n: Any) -> None:
         slot = lax.rem(n, STAGES)
         plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare_steps(plan, inp, scr, columns, slot, steps)
-        if plan.slabs == 1:
-            tl.convert_projections(plan, inp, scr, slot, 0, steps)
+        each_slab(lambda slab: tl.convert_projections(plan, inp, of_slab(slab), slot, slab, steps))
 
     def tile(n: Any, state: State) -> State:
-        slot = lax.rem(n, STAGES)
         if plan.slabs == 1:
             state = scan_slab(n, 0, constants, state)
         else:
 
-            def one(slab: Any, _: None) -> None:
-                tl.convert_projections(plan, inp, scr, slot, slab, steps)
-                tl.sync()
+            def one(slab: Any) -> None:
                 carried = load_state(plan, scr["carry"].at[slab])
                 carried = scan_slab(n, slab, tl.Constants(plan, inp, slab, columns), carried)
                 store_state(plan, scr["carry"].at[slab], carried)
-                tl.sync()
 
-            lax.fori_loop(0, plan.slabs, one, None)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        tl.sync()
+            each_slab(one)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and for the other warps
         finish_steps(
             plan, inp, scr, columns, lax.rem(n, STAGES), steps, lambda m: tl.load_parts(plan, scr["parts"], m, steps)
         )
@@ -368,7 +392,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         def _() -> None:
             prepare(n + 1)
 
-        tl.sync()
+        tl.commit()
         window = pl.ds(first + n * steps, steps)
         plgpu.copy_smem_to_gmem(scr["out"], out["y"].at[:, b, window, columns])
         fetch_tile(n + STAGES)
@@ -380,10 +404,10 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
     else:
         state = []
 
-        def start(slab: Any, _: None) -> None:
+        def start(slab: Any) -> None:
             store_state(plan, scr["carry"].at[slab], load_state(plan, inp["state"].at[c, :, b, slab], columns=columns))
 
-        lax.fori_loop(0, plan.slabs, start, None)
+        each_slab(start)
     prepare(0)
     tl.sync()
     state = lax.fori_loop(0, tiles, tile, state)
@@ -394,9 +418,9 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             store_state(plan, out["final"].at[:, b, 0], state, columns)
         else:
 
-            def end(slab: Any, _: None) -> None:
+            def end(slab: Any) -> None:
                 store_state(plan, out["final"].at[:, b, slab], load_state(plan, scr["carry"].at[slab]), columns)
 
-            lax.fori_loop(0, plan.slabs, end, None)
+            each_slab(end)
 
     plgpu.wait_smem_to_gmem(0)

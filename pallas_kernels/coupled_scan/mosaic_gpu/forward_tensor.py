@@ -62,10 +62,9 @@ class _Forward(Pair):
             u = tl.load_rows(plan, scr["u"].at[:, m, cut], steps)
             return y + u * tl.over_channels(plan, scr["BC"].at[m], steps)
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        tl.sync()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and for the other warps
         fw.finish_steps(plan, self.inp, scr, self.columns, lax.rem(n, STAGES), steps, read)
-        tl.sync()
+        tl.commit()
         window = pl.ds(self.start(n), steps)
         plgpu.copy_smem_to_gmem(scr["out"], self.out["y"].at[:, self.b, window, self.columns])
 

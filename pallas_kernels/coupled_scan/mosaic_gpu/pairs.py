@@ -130,7 +130,7 @@ class Pair(abc.ABC):
             @pl.when(n < tiles)
             def _() -> None:
                 arrived, slot = self.barrier("arrived", n), lax.rem(n, STAGES)
-                fw.fetch(plan, inp, self.shared, arrived, self.b, self.columns, self.start(n), slot, steps)
+                fw.fetch(inp, self.shared, arrived, self.b, self.columns, self.start(n), slot, steps)
 
         def prepare(n: Any) -> None:
             @pl.when(n < tiles)
@@ -223,7 +223,7 @@ def launch(
     steps = shared["dt"].shape[3]
     names, split = [*arrays, *out], (plan.threads.lanes, plan.threads.rows)
     types = {k: jax.ShapeDtypeStruct(fw.split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
-    copies = sum(key in shared for key in ("x", "dt", "z", "dy", "B", "C", "flags"))
+    copies = sum(key in shared for key in fw.FETCHED)
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))

@@ -5,12 +5,13 @@ entering its tiles are noted (in device memory, where the level-2 cache keeps th
 backwards. The last stretch comes first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
@@ -50,21 +51,32 @@ class Stretches:
 
     def fetch(self, item: Any) -> None:
         """Starts the copies of an item's tile, if there is one."""
+        slot = lax.rem(item, fw.STAGES)
+        s, k, forwards = self.tile(item)
 
-        @pl.when(item < self.items)
-        def _() -> None:
-            slot, start = lax.rem(item, fw.STAGES), self.start(*self.tile(item))
-            arrived = self.scr["arrived"].at[slot]
-            fw.fetch(self.plan, self.inp, self.scr, arrived, self.b, self.columns, start, slot, self.steps)
+        def start(barrier: str, names: Sequence[str]) -> None:
+            arrived, first = self.scr[barrier].at[slot], self.start(s, k)
+            fw.fetch(self.inp, self.scr, arrived, self.b, self.columns, first, slot, self.steps, names)
 
-    def tile(self, item: Any) -> tuple[Any, Any]:
-        """Stretch, and tile within it."""
+        exists = item < self.items
+        pl.when(jnp.logical_and(exists, forwards))(lambda: start("rebuilt", fw.REBUILT))
+        pl.when(jnp.logical_and(exists, jnp.logical_not(forwards)))(lambda: start("arrived", fw.FETCHED))
+
+    def await_tile(self, item: Any, *, forwards: bool) -> Any:
+        """Waits for an item's tile; returns its slot."""
+        slot = lax.rem(item, fw.STAGES)
+        plgpu.barrier_wait(self.scr["rebuilt" if forwards else "arrived"].at[slot])
+        return slot
+
+    def tile(self, item: Any) -> tuple[Any, Any, Any]:
+        """Stretch, tile within it, and whether it is walked forwards."""
         later = jnp.maximum(item - self.last_items, 0)
         in_last = item < self.last_items
         s = jnp.where(in_last, self.stretches - 1, self.stretches - 2 - later // self.full_items)
         within = jnp.where(in_last, item, lax.rem(later, self.full_items))
         count = jnp.where(in_last, self.last_tiles, self.tiles)
-        return s, jnp.where(within >= count - 1, 2 * (count - 1) - within, within)
+        forwards = within < count - 1
+        return s, jnp.where(forwards, within, 2 * (count - 1) - within), forwards
 
     def start(self, s: Any, k: Any) -> Any:
         """First step of tile k of stretch s."""

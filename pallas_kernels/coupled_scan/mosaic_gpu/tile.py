@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import layout_cast, load, store
+from pallas_kernels._compat import is_interpreted, layout_cast, load, store
+from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, FACTOR_LAYOUT, FACTORS, SLAB, Plan, projection_layout
 
 Array = jax.Array
@@ -74,26 +75,28 @@ def over_channels(plan: Plan, ref: Any, steps: int) -> Array:
     return layout_cast(lax.broadcast_in_dim(load(ref, layout.reduce(1)), shape, (0,)), layout)
 
 
-def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int) -> None:
-    """B and C of a slab as float32 [steps, 2, M, SLAB]; zero where masked, whatever they hold.
+def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int, *, C: bool = True) -> None:
+    """B and, if asked for, C of a slab as float32 [steps, 2, M, SLAB]; zero where masked, whatever they hold.
 
-    And, where there is room for "BC", SUM_n B_n C_n of the slab, [M, steps].
+    With C also SUM_n B_n C_n of the slab, [M, steps], where there is room for "BC".
     """
     layout = projection_layout(steps)
+    names = [(k, name) for k, name in enumerate("BC" if C else "B") if name in inp]
+    results = []
     for m in range(plan.M):
-        both = []
-        for k, name in enumerate("BC"):
-            if name not in inp:
-                continue
-            values = load(scr[name].at[slot, m, :, slab], layout).astype(F32)
-            if plan.masked:
-                present = load(scr["flags"].at[slot, :, m], layout.reduce(1))
-                present = lax.broadcast_in_dim(present, values.shape, (0,))
-                values = jnp.where(layout_cast(present, layout) > 0, values, jnp.zeros_like(values))
-            store(scr["projections"].at[:, k, m], values)
-            both.append(values)
-        if "BC" in scr:
-            store(scr["BC"].at[m], jnp.sum(both[0] * both[1], axis=1))
+        values = [load(scr[name].at[slot, m, :, slab], layout).astype(F32) for _, name in names]
+        if plan.masked:
+            present = load(scr["flags"].at[slot, :, m], layout.reduce(1))
+            present = layout_cast(lax.broadcast_in_dim(present, values[0].shape, (0,)), layout)
+            values = [jnp.where(present > 0, v, jnp.zeros_like(v)) for v in values]
+        results.append(values)
+    both = [jnp.sum(v[0] * v[1], axis=1) for v in results] if C and "BC" in scr else []
+    # Loads and sums come first: the compiler would not move them up past the stores.
+    for m, values in enumerate(results):
+        for (k, _), value in zip(names, values, strict=True):
+            store(scr["projections"].at[:, k, m], value)
+    for m, value in enumerate(both):
+        store(scr["BC"].at[m], value)
 
 
 def clear_factors(plan: Plan, scr: Refs, steps: int) -> None:
@@ -279,5 +282,13 @@ def add_slab(plan: Plan, ref: Any, value: Array, slab: Any) -> None:
 
 
 def sync() -> None:
-    """Waits for the other warps of the block; what they wrote to shared memory can be read, and copied away."""
+    """Waits for the other warps of the warpgroup; what they wrote to shared memory can be read."""
+    if is_interpreted():
+        plgpu.commit_smem()
+    else:
+        warp.barrier()
+
+
+def commit() -> None:
+    """`sync`, and what was written can be copied to device memory; waits for outstanding loads and stores as well."""
     plgpu.commit_smem()

@@ -91,6 +91,17 @@ def load_vectors(plan: Plan, ref: Any, position: Callable[[int], list[Any]]) -> 
     return list(read(ref))
 
 
+def barrier() -> None:
+    """Waits for the other warps of the warpgroup; what they wrote to shared memory can be read."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx: Any) -> None:
+        del ctx
+        mgpu.utils.warpgroup_barrier()
+
+    wait()
+
+
 def dialects() -> Any:
     """The parts of MLIR that what follows is written in: ir, arith, llvm, vector."""
     from jax._src.lib.mlir import ir
