@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
@@ -64,6 +65,27 @@ def interpret_params() -> Any:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
         return InterpretGPUParams()
+
+
+def kernel_in_place(
+    body: Any,
+    *,
+    out_type: Any,
+    scratch_types: dict[str, Any],
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    compiler_params: Any,
+    kernel_name: str,
+    interpret: Any,
+) -> Any:
+    """`plgpu.kernel` for operands some of which are references; up to JAX 0.10 that takes arrays alone."""
+
+    def scoped(*refs: Any) -> None:
+        pl.run_scoped(functools.partial(body, *refs), collective_axes=(), **scratch_types)
+
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names)
+    options = {} if interpret is None else {"interpret": interpret}
+    return pl.kernel(scoped, out_type=out_type, mesh=mesh, compiler_params=compiler_params, name=kernel_name, **options)
 
 
 def triton_call(*arrays: jax.Array, out: Any, **arguments: Any) -> Any:

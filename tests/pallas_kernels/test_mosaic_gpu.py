@@ -9,6 +9,8 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import test_coupled_scan as suite
 
@@ -65,17 +67,39 @@ def test_forward_and_every_gradient(case):
 
 
 @needs_ragged_copies
+@pytest.mark.parametrize("segment", [32, 16])
 @pytest.mark.parametrize(
-    ("coupling", "dtype"), [("shared", "float32"), ("shared", "bfloat16"), ("independent", "float32")]
+    ("coupling", "dtype", "sizes"),
+    [
+        ("shared", "float32", {"M": 2, "N": 4}),
+        ("shared", "bfloat16", {"M": 3, "N": 4}),  # on the tensor cores, both ways
+        ("independent", "float32", {"M": 2, "N": 4}),
+        ("full", "float32", {"M": 2, "N": 20}),
+    ],
 )
-def test_time_in_chunks_and_stretches(coupling, dtype, monkeypatch):
+def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, segment, monkeypatch):
     monkeypatch.setattr(stretches, "SAVE", 16)
-    monkeypatch.setattr(Plan, "chunks", property(lambda plan: 2))
-    # In bfloat16 on the tensor cores, both ways.
-    case = Case(M=3 if dtype == "bfloat16" else 2, B=1, L=53, D=3, N=4, coupling=coupling, dtype=dtype, **EVERYTHING)
-    assert Plan.of(Problem(**make_inputs(case))).chunk_steps(16) == 32
+    monkeypatch.setattr(Plan, "chunks", property(lambda plan: 1 if plan.coupling == "full" else 2))
+    monkeypatch.setattr(Plan, "segment_steps", lambda plan, chunk, multiple: segment)
+    case = Case(B=1, L=53, D=3, coupling=coupling, dtype=dtype, **sizes, **EVERYTHING)
+    assert Plan.of(Problem(**make_inputs(case))).chunk_steps(16) == (64 if coupling == "full" else 32)
     jax.clear_caches()
     suite.test_forward_and_every_gradient(scan_and_vjp, case)
+    jax.clear_caches()
+
+
+@needs_ragged_copies
+def test_a_batch_of_problems_whose_time_is_cut_into_segments(monkeypatch):
+    monkeypatch.setattr(stretches, "SAVE", 16)
+    monkeypatch.setattr(Plan, "segment_steps", lambda plan, chunk, multiple: 16)
+    inputs = make_inputs(Case(M=2, B=1, L=32, D=64, N=4))
+    x = jnp.stack([inputs["x"], 2 * inputs["x"]])
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(run(**(inputs | {"x": x})).y ** 2))(x)
+
+    jax.clear_caches()
+    np.testing.assert_allclose(jax.vmap(gradient)(x), jnp.stack([gradient(v) for v in x]), rtol=1e-5)
     jax.clear_caches()
 
 

@@ -5,6 +5,7 @@ forwards once more, noting the state entering each step in shared memory, and ba
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,8 +56,9 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     return scratch
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "chunk"))
-def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.Array]:
+def run(
+    plan: Plan, arrays: dict[str, jax.Array], chunk: int, segment: int, in_place: Refs | None = None
+) -> dict[str, jax.Array]:
     """Gradients.
 
     Args:
@@ -64,33 +66,50 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.A
         arrays: see `vjp.prepare`; "saved" as `forward.run` returns it, "adjoint" holds what enters each chunk from
             its end, [chunks, S, B, slabs, SLAB, D'].
         chunk: steps a chunk.
+        segment: steps of it that are walked: all, or what `arrays["segment"]` counts.
+        in_place: references to all results but "dprojections", to be written or added to; "dstate" holds the adjoint.
 
     Returns:
         "dx", "ddt", "dz" [M, B, rows, D]; for each channel group "dprojections" [groups, 2, M, B, L', slabs, SLAB] (B,
-        then C); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, SLAB, D'], "drows"
-        [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights" [chunks, B, M, M, lanes, D'];
+        then C; of a segment of every chunk); for each chunk and sample "dA" and "dgain"
+        [chunks, B, M, slabs, SLAB, D'], "drows" [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full,
+        "dweights" [chunks, B, M, M, lanes, D'];
         "dstate" [chunks, S, B, slabs, SLAB, D'], the adjoint that leaves a chunk at its start.
     """
     tiling = choose_tiling(plan)
-    body = functools.partial(_walk, plan, tiling, chunk)
-    chunks = arrays["adjoint"].shape[0]
-    return fw.launch(
-        plan, "coupled_scan_backward", body, arrays, results(plan, arrays, *tiling), _scratch, tiling, chunks
-    )
+    body = functools.partial(_walk, plan, tiling, chunk, segment)
+    return launch(plan, "coupled_scan_backward", body, arrays, _scratch, tiling, chunk, segment, in_place)
 
 
-def results(plan: Plan, arrays: dict[str, jax.Array], steps: int, part: int) -> dict[str, Any]:
+def launch(
+    plan: Plan,
+    name: str,
+    body: Callable[[Refs, Refs, Refs], None],
+    arrays: dict[str, jax.Array],
+    scratch: Callable[[Plan, int, int], dict[str, Any]],
+    tiling: tuple[int, int],
+    chunk: int,
+    segment: int,
+    in_place: Refs | None,
+) -> dict[str, jax.Array]:
+    """`forward.launch` with the results of the backward pass."""
+    out, chunks = shapes(plan, chunk, segment, *tiling), -(-plan.L // chunk)
+    if in_place:
+        out = {"dprojections": out["dprojections"]}
+    return fw.launch(plan, name, body, arrays, out, scratch, tiling, chunks, in_place)
+
+
+def shapes(plan: Plan, chunk: int, segment: int, steps: int, part: int) -> dict[str, Any]:
     """Shapes and dtypes of what `run` returns, for tiles of `steps`, `part` of which are finished at once."""
-    chunks, *state = arrays["adjoint"].shape
-    padded = state[-1]
+    chunks, padded = -(-plan.L // chunk), plan.padded
+    state = (plan.S, plan.B, plan.slabs, SLAB, padded)
+    rows = min(chunks * segment, -(-plan.L // steps) * steps)
     large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.rows, plan.D), plan.dtype)
     parameters = (chunks, plan.B, plan.M, plan.slabs, SLAB, padded)
     out = {
         "dx": large,
         "ddt": large,
-        "dprojections": jax.ShapeDtypeStruct(
-            (plan.groups, 2, plan.M, plan.B, -(-plan.L // steps) * steps, plan.slabs, SLAB), plan.dtype
-        ),
+        "dprojections": jax.ShapeDtypeStruct((plan.groups, 2, plan.M, plan.B, rows, plan.slabs, SLAB), plan.dtype),
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
         "dstate": jax.ShapeDtypeStruct((chunks, *state), F32),
@@ -105,15 +124,25 @@ def results(plan: Plan, arrays: dict[str, jax.Array], steps: int, part: int) -> 
     return out
 
 
+def store_rows(plan: Plan, ref: Any, rows: list, *, add: bool) -> None:
+    """The sums for skip and dt_bias; `add`: to those of the segments before."""
+    for m in range(plan.M):
+        for k, value in enumerate(rows[m]):
+            target = ref.at[k, m]
+            if add:
+                value = value + tl.load_rows(plan, target, value.shape[0])
+            tl.store(target, value)
+
+
 def choose_tiling(plan: Plan) -> tuple[int, int]:
     """Steps of a tile, and steps of it whose partial sums are kept at once: all where slabs add to them by turns."""
     return fw.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
 
 
-def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
+def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs) -> None:
     m_range, (steps, part) = range(plan.M), tiling
     i_range, threads = range(plan.threads.rows), plan.threads
-    order = Stretches(plan, steps, chunk, inp, out, scr)
+    order = Stretches(plan, steps, chunk, segment, inp, out, scr)
     b, c, columns = order.b, order.c, order.columns
 
     def prepare(slot: Any) -> None:
@@ -257,7 +286,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
 
     def write_projections(start: Any, offset: int, slab: Any) -> None:
         """dB and dC of the block's channels: the sums of its four warps."""
-        rows = pl.ds(start + offset, part)
+        rows = pl.ds(order.row + start - order.first + offset, part)
         for m in m_range:
             for k in range(2):
                 pieces = [tl.load(scr["sums"].at[:, m, w, k], projection_layout(part)) for w in range(4)]
@@ -337,18 +366,20 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
     zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
     rows = [(zero_rows, zero_rows) for _ in m_range]
     constants = None
+    adjoints, resumed = inp.get("adjoint", out["dstate"]), "segment" in inp
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
         sums = Sums(plan, out, 0, columns)
-        adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
+        adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0], columns=columns)
         carry = (adjoint, sums.zero(), rows)
     else:
 
         def start_slab(slab: Any, _: None) -> None:
-            adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, slab], columns=columns)
+            adjoint = fw.load_state(plan, adjoints.at[c, :, b, slab], columns=columns)
             fw.store_state(plan, scr["carry"].at[slab], adjoint)
-            sums = Sums(plan, out, slab, columns)
-            sums.store(sums.zero())
+            if not resumed:
+                sums = Sums(plan, out, slab, columns)
+                sums.store(sums.zero())
 
         lax.fori_loop(0, plan.slabs, start_slab, None)
         carry = ([], {}, rows)
@@ -356,7 +387,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
     adjoint, totals, rows = order.walk(begin, forward_item, backward_item, carry)
     if plan.slabs == 1:
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
-        sums.store(totals)
+        sums.store(totals, add=resumed)
     else:
 
         def end_slab(slab: Any, _: None) -> None:
@@ -364,7 +395,5 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, inp: Refs, out: Refs,
             fw.store_state(plan, out["dstate"].at[c, :, b, slab], adjoint, columns)
 
         lax.fori_loop(0, plan.slabs, end_slab, None)
-    for m in m_range:
-        for k in range(2):
-            tl.store(out["drows"].at[c, b, k, m, :, columns], rows[m][k])
+    store_rows(plan, out["drows"].at[c, b, :, :, :, columns], rows, add=resumed)
     plgpu.wait_smem_to_gmem(0)

@@ -53,19 +53,24 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     return scratch
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "chunk"))
-def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int) -> dict[str, jax.Array]:
+def run(
+    plan: Plan, arrays: dict[str, jax.Array], chunk: int, segment: int, in_place: Refs | None = None
+) -> dict[str, jax.Array]:
     """What `backward.run` returns."""
-    tiling = fw.choose_tiling(plan, _scratch, ((8, 8), (4, 4)))
-    out, chunks = bw.results(plan, arrays, *tiling), arrays["adjoint"].shape[0]
-    body = functools.partial(_walk, plan, tiling[0], chunk)
-    return fw.launch(plan, "coupled_scan_backward_tensor", body, arrays, out, _scratch, tiling, chunks)
+    tiling = choose_tiling(plan)
+    body = functools.partial(_walk, plan, tiling[0], chunk, segment)
+    return bw.launch(plan, "coupled_scan_backward_tensor", body, arrays, _scratch, tiling, chunk, segment, in_place)
 
 
-def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -> None:
+def choose_tiling(plan: Plan) -> tuple[int, int]:
+    """Twice the steps of a tile."""
+    return fw.choose_tiling(plan, _scratch, ((8, 8), (4, 4)))
+
+
+def _walk(plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs) -> None:
     if "dots" in scr:
         scr |= {name: scr["dots"].at[k] for k, name in enumerate(("BC", "uy"))}
-    order = Stretches(plan, steps, chunk, inp, out, scr)
+    order = Stretches(plan, steps, chunk, segment, inp, out, scr)
     b, c, columns = order.b, order.c, order.columns
     block = _Block(plan, steps, b, columns, inp, out, scr)
     constants = tl.Constants(plan, inp, 0, columns)
@@ -103,7 +108,7 @@ def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -
         adjoint, sums = block.walk_backwards(slot, constants, valid, adjoint, sums)
         parameters = {name: block.load_parameters(name) for name in ("dt_bias", "skip") if name in inp}
         tl.sync()
-        block.store_projections(start)
+        block.store_projections(order.row + start - order.first)
         rows = block.finish(slot, valid, parameters, rows)
         tl.commit()
         for name in ("x", "dt", "z"):
@@ -116,15 +121,14 @@ def _walk(plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs) -
     sums = Sums(plan, out, 0, columns)
     zero = layout_cast(jnp.zeros((steps, plan.threads.channels), F32), plan.threads.over_steps(steps))
     pairs = [[tl.fill(plan, 0.0)] * (plan.threads.rows // 2) for _ in range(plan.M)]
-    adjoint = fw.load_state(plan, inp["adjoint"].at[c, :, b, 0], columns=columns)
+    adjoints, resumed = inp.get("adjoint", out["dstate"]), "segment" in inp
+    adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0], columns=columns)
     rows, bias = [(zero, zero) for _ in range(plan.M)], block.load_parameters("dt_bias")
     carry = (adjoint, sums.zero() | {"dgain": pairs}, rows, bias)
     adjoint, totals, rows, _ = order.walk(begin, forwards, backwards, carry)
     fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
-    sums.store(totals | {"dgain": [split_pairs(plan, values) for values in totals["dgain"]]})
-    for m in range(plan.M):
-        for k in range(2):
-            tl.store(out["drows"].at[c, b, k, m, :, columns], rows[m][k])
+    sums.store(totals | {"dgain": [split_pairs(plan, values) for values in totals["dgain"]]}, add=resumed)
+    bw.store_rows(plan, out["drows"].at[c, b, :, :, :, columns], rows, add=resumed)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -214,10 +218,10 @@ class _Block:
                 tl.store(scr[name].at[slot, m], value)
         return new_rows
 
-    def store_projections(self, start: Any) -> None:
+    def store_projections(self, row: Any) -> None:
         """dB and dC of the block's channels: the sums of four warps."""
         plan, steps, scr = self.plan, self.steps, self.scr
-        layout, rows, group = projection_layout(steps), pl.ds(start, steps), lax.axis_index("group")
+        layout, rows, group = projection_layout(steps), pl.ds(row, steps), lax.axis_index("group")
         results = []
         for m in range(plan.M):
             d_C, d_B = (tl.total([tl.load(scr["sums"].at[:, w, :, m, k], layout) for w in range(4)]) for k in range(2))

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import interpreted, is_interpreted
+from pallas_kernels._compat import interpreted, is_interpreted, kernel_in_place
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SHARED_MEMORY, SLAB, Plan
@@ -111,6 +111,7 @@ def launch(
     shared_memory: Callable[[Plan, int, int], dict[str, Any]],
     tiling: tuple[int, int],
     chunks: int,
+    in_place: Refs | None = None,
 ) -> dict[str, jax.Array]:
     """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every 64 channels, sample and chunk.
 
@@ -123,11 +124,13 @@ def launch(
         shared_memory: shapes and dtypes of what lies there.
         tiling: arguments of `shared_memory`.
         chunks: of time.
+        in_place: references to more outputs, states in them as the kernels see them.
 
     Returns:
         The outputs by name.
     """
-    names, shared = [*arrays, *out], shared_memory(plan, *tiling)
+    in_place = in_place or {}
+    names, shared = [*arrays, *in_place, *out], shared_memory(plan, *tiling)
     split = (plan.threads.lanes, plan.threads.rows)
     arrays = {k: reshape_states(v, k, split) for k, v in arrays.items()}
     types = {k: jax.ShapeDtypeStruct(split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
@@ -136,9 +139,10 @@ def launch(
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
         with interpreted(bool(plan.interpret)):
-            body({k: refs[k] for k in arrays}, {k: refs[k] for k in out}, scratch_refs)
+            body({k: refs[k] for k in arrays}, {k: refs[k] for k in (*in_place, *out)}, scratch_refs)
 
-    call = plgpu.kernel(
+    build = kernel_in_place if in_place else plgpu.kernel
+    call = build(
         kernel,
         out_type=tuple(types.values()),
         scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
@@ -156,7 +160,7 @@ def launch(
         kernel_name=name,
         interpret=plan.interpret,
     )
-    results = call(*arrays.values())
+    results = call(*arrays.values(), *in_place.values())
     return {k: v.reshape(out[k].shape) for k, v in zip(out, results, strict=True)}
 
 

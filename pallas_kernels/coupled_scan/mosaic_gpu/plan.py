@@ -230,6 +230,14 @@ class Plan:
         """
         return dataclasses.replace(self, threads=TENSOR) if self.tensor and self.M >= 3 and self.gate else self
 
+    def segment_steps(self, chunk: int, multiple: int) -> int:
+        """Steps of a chunk that one launch of the backward pass takes (see `segments`): all, or a multiple.
+
+        Each launch costs some microseconds, and one segment in eight of the sums of dB and dC is little enough.
+        """
+        count = max(1, min(8, chunk // 256)) if self.groups > 1 else 1
+        return chunk if count == 1 else -(-chunk // (count * multiple)) * multiple
+
     def chunk_steps(self, multiple: int) -> int:
         """Steps a chunk, a multiple of `multiple`; the last one may be shorter."""
         return -(-self.L // (self.chunks * multiple)) * multiple

@@ -28,20 +28,24 @@ class Stretches:
         plan: the plan.
         steps: of a tile.
         chunk: steps of a chunk.
+        segment: steps of the part of it that is walked: all, or what `inp["segment"]` counts, see `segments`.
         inp: the inputs, "saved" among them.
         out: the outputs, "entries" among them.
         scr: the shared memory.
 
     Attributes:
         b, c, columns: sample, chunk and channels of the block.
+        first: its first step.
+        row: that step's among all that are walked by one launch.
         items: their number.
     """
 
-    def __init__(self, plan: Plan, steps: int, chunk: int, inp: Refs, out: Refs, scr: Refs):
+    def __init__(self, plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs):
         self.plan, self.steps, self.inp, self.out, self.scr = plan, steps, inp, out, scr
         self.b, self.c, self.columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
-        self.first = self.c * chunk
-        self.length = jnp.minimum(chunk, plan.L - self.first)
+        before = inp["segment"][0] * segment if "segment" in inp else 0
+        self.first, self.row = self.c * chunk + before, self.c * segment
+        self.length = jnp.clip(jnp.minimum(chunk - before, plan.L - self.first), 0, segment)
         tiles = (self.length + steps - 1) // steps
         self.tiles = SAVE // steps  # of a stretch
         self.stretches = (tiles + self.tiles - 1) // self.tiles

@@ -53,8 +53,10 @@ class Sums:
             sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], layout) for k in m] for j in m]
         return sums
 
-    def store(self, sums: dict[str, Any]) -> None:
-        """The inverse of `load`."""
+    def store(self, sums: dict[str, Any], *, add: bool = False) -> None:
+        """The inverse of `load`; `add`: to what is stored."""
+        if add:
+            sums = jax.tree.map(jnp.add, sums, self.load())
         for name in self.names:
             for j, rows in enumerate(sums[name]):
                 for i, value in enumerate(rows):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, chunks, forward, forward_tensor, stretches
+from pallas_kernels.coupled_scan.mosaic_gpu import chunks, forward, forward_tensor, segments, stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LOG2E, SLAB, Plan, pad_axis
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
 
@@ -49,9 +49,7 @@ def _backward_rule(interpret: Any, kept: tuple[Problem, dict[str, Array]], bar: 
     final = pack_state(plan, p, bar.final_state.astype(F32))
     arrays["adjoint"] = chunks.adjoint(plan, arrays, final, chunk)
     plan = plan.backward()
-    run = backward_tensor.run if plan.threads.tensor else backward.run
-    out = run(plan, arrays | saved, chunk)
-    return (gradients(plan, p, out),)
+    return (gradients(plan, p, segments.run(plan, arrays | saved, chunk)),)
 
 
 scan.defvjp(_forward_rule, _backward_rule)
@@ -139,8 +137,7 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
     def like(value: Array | None, gradient: Array) -> Array | None:
         return None if value is None else gradient.astype(value.dtype)
 
-    projections = jnp.sum(out["dprojections"].astype(F32), axis=0)
-    projections = projections.reshape(*projections.shape[:-2], -1)[..., : plan.L, :n]
+    projections = {k: out[k].reshape(*out[k].shape[:-2], -1)[..., : plan.L, :n] for k in ("dB", "dC")}
     rows = jnp.sum(out["drows"], axis=(0, 1, 4))[..., :d]
     coupling = p.coupling
     if isinstance(coupling, Shared):
@@ -152,8 +149,8 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
         x=like(p.x, out["dx"][:, :, : plan.L, :d]),
         dt=like(p.dt, out["ddt"][:, :, : plan.L, :d]),
         A=like(p.A, unpack_states(jnp.sum(out["dA"], axis=(0, 1)), d, n)),
-        B=like(p.B, projections[0]),
-        C=like(p.C, projections[1]),
+        B=like(p.B, projections["dB"]),
+        C=like(p.C, projections["dC"]),
         coupling=coupling,
         D=like(p.D, rows[0]),
         z=None if p.z is None else like(p.z, out["dz"][:, :, : plan.L, :d]),

@@ -1,0 +1,80 @@
+"""The backward pass in segments of time, one launch of the kernel each, the last one first.
+
+Every group of channels has its own sums of dB and dC, which are added up after each launch: only one segment's exist at
+a time. All other results are written in place: the next launch goes on from the adjoint and the sums of the last one.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, stretches
+from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
+
+Arrays = dict[str, jax.Array]
+SUMS = ("dA", "dgain", "dweights", "drows")
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "chunk"))
+def run(plan: Plan, arrays: Arrays, chunk: int) -> Arrays:
+    """All gradients.
+
+    Args:
+        plan: the plan.
+        arrays: see `backward.run`.
+        chunk: steps a chunk.
+
+    Returns:
+        What `backward.run` returns, with "dB" and "dC" [M, B, L', slabs, SLAB] in place of "dprojections".
+    """
+    segment = plan.segment_steps(chunk, stretches.SAVE)
+    if segment == chunk:
+        out = _kernel(plan).run(plan, arrays, chunk, chunk)
+        return out | {name: _sum_groups(plan, out["dprojections"][:, k]) for k, name in enumerate(("dB", "dC"))}
+    # A batch of problems is solved one by one: what is written in place has no axis for it.
+    return jax.custom_batching.sequential_vmap(functools.partial(_run, plan, chunk, segment))(arrays)
+
+
+def _kernel(plan: Plan) -> Any:
+    return backward_tensor if plan.threads.tensor else backward
+
+
+def _sum_groups(plan: Plan, parts: jax.Array) -> jax.Array:
+    return jnp.sum(parts.astype(F32), axis=0).astype(plan.dtype)
+
+
+def _run(plan: Plan, chunk: int, segment: int, arrays: Arrays) -> Arrays:
+    """The segments of a chunk one after the other, those of all chunks at once."""
+    kernel, count = _kernel(plan), -(-chunk // segment)
+    shapes = backward.shapes(plan, chunk, segment, *kernel.choose_tiling(plan))
+    parts = shapes.pop("dprojections").shape
+    chunks, split = arrays["adjoint"].shape[0], (plan.threads.lanes, plan.threads.rows)
+    zeros = {name: jnp.zeros(v.shape, v.dtype) for name, v in shapes.items() if name in SUMS}
+    empty = {name: lax.empty(v.shape, v.dtype) for name, v in shapes.items() if name not in SUMS}
+    in_place = zeros | empty | {"dstate": arrays["adjoint"]}
+    in_place = {name: fw.reshape_states(values, name, split) for name, values in in_place.items()}
+    total = jnp.zeros((*parts[2:4], chunks, count * segment, *parts[5:]), plan.dtype)
+    inputs = {name: values for name, values in arrays.items() if name != "adjoint"}
+
+    def all_segments(refs: dict[str, Any]) -> None:
+        totals = [refs.pop(name) for name in ("dB", "dC")]
+
+        def one(i: Any, _: None) -> None:
+            here = count - 1 - i
+            out = kernel.run(plan, inputs | {"segment": jnp.full(1, here, jnp.int32)}, chunk, segment, refs)
+            for k, total in enumerate(totals):
+                sums = _sum_groups(plan, out["dprojections"][:, k])
+                sums = sums.reshape(*parts[2:4], chunks, segment, *parts[5:])
+                total[:, :, :, pl.ds(here * segment, segment)] = sums
+
+        lax.fori_loop(0, count, one, None)
+
+    out = pl.run_state(all_segments)(in_place | {"dB": total, "dC": total})
+    for name in ("dB", "dC"):
+        out[name] = out[name][:, :, :, :chunk].reshape(*parts[2:4], chunks * chunk, *parts[5:])
+    return {name: values.reshape(shapes[name].shape) if name in shapes else values for name, values in out.items()}
