@@ -55,6 +55,7 @@ RAGGED = [
     Case(M=2, B=1, L=19, D=70, N=16, **EVERYTHING),
     # On the tensor cores.
     Case(M=3, B=2, L=19, D=70, N=12, dtype="bfloat16", **EVERYTHING),
+    Case(M=1, B=1, L=11, D=64, N=16, dtype="bfloat16", gate=True),
 ]
 needs_ragged_copies = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the interpreter of JAX 0.10 drops copies that reach beyond an array"
@@ -134,13 +135,13 @@ def test_narrow_blocks_where_wide_ones_leave_multiprocessors_idle():
     assert channels(B=1, L=65_536, coupling="full") == (32, 64)
 
 
-def test_backwards_on_the_tensor_cores_only_what_was_checked_on_a_gpu():
+def test_what_goes_backwards_on_the_tensor_cores():
     def tensor(**changes):
         case = Case(**({"M": 3, "B": 2, "L": 9, "D": 64, "N": 16, "dtype": "bfloat16", "gate": True} | changes))
         return Plan.of(Problem(**abstract_inputs(case))).backward().threads.tensor
 
-    assert tensor() and tensor(M=4, N=4, mask=True, readout="shared")
-    others = {"M": 2}, {"M": 5}, {"N": 20}, {"gate": False}, {"dtype": "float32"}, {"coupling": "full"}
+    assert tensor() and tensor(M=1) and tensor(M=4, N=4, mask=True, readout="shared")
+    others = {"M": 5}, {"N": 20}, {"gate": False}, {"dtype": "float32"}, {"coupling": "full"}
     assert not any(tensor(**changes) for changes in others)
 
 

@@ -14,6 +14,7 @@ import test_coupled_scan as suite
 from pallas_kernels import coupled_scan
 from pallas_kernels.coupled_scan import mosaic_gpu, triton_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.types import Problem
 from pallas_kernels.platform import default_platform
 
@@ -87,6 +88,26 @@ MEASURED_CASES = [
 @pytest.mark.parametrize("case", MEASURED_CASES, ids=str)
 def test_cases_like_those_of_the_benchmarks(name, case):
     suite.test_forward_and_every_gradient(functools.partial(scan_and_vjp, name), case)
+
+
+@pytest.mark.skipif("mosaic_gpu" not in USABLE, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("case", "chunks"),
+    [
+        (Case(M=3, B=2, L=700, D=136, N=16, **MEASURED), 1),
+        (Case(M=3, B=1, L=1500, D=136, N=16, dtype="bfloat16", **suite.EVERYTHING), 2),
+        (Case(M=2, B=1, L=700, D=136, N=20, coupling="full", **suite.EVERYTHING), 1),
+    ],
+    ids=str,
+)
+def test_time_in_segments(case, chunks, monkeypatch):
+    monkeypatch.setattr(Plan, "chunks", chunks)
+    plan = Plan.of(Problem(**make_inputs(case)))
+    chunk = plan.chunk_steps(128)
+    assert plan.segment_steps(chunk, 128) < chunk
+    jax.clear_caches()
+    suite.test_forward_and_every_gradient(functools.partial(scan_and_vjp, "mosaic_gpu"), case)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", USABLE)

@@ -294,4 +294,4 @@ class _Block:
                 adjoint = tl.map_state(jnp.add, adjoint, passed)
             return tl.reset_state(plan, scr, slot, t, adjoint), sums, following
 
-        return fw.walk_steps(valid, 1, step, (adjoint, sums, tl.load_dt(plan, scr, valid - 1)))[:2]
+        return fw.walk_steps(valid, 2, step, (adjoint, sums, tl.load_dt(plan, scr, valid - 1)))[:2]

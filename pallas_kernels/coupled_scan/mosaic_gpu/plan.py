@@ -224,11 +224,8 @@ class Plan:
         return dataclasses.replace(self, threads=NARROW_TENSOR if self.tensor else NARROW)
 
     def backward(self) -> "Plan":
-        """The plan of the backward pass.
-
-        Its kernel on the tensor cores has only been checked on a GPU for 3 and 4 modalities and with the gate.
-        """
-        return dataclasses.replace(self, threads=TENSOR) if self.tensor and self.M >= 3 and self.gate else self
+        """The plan of the backward pass, whose kernel on the tensor cores needs the gate."""
+        return dataclasses.replace(self, threads=TENSOR) if self.tensor and self.gate else self
 
     def segment_steps(self, chunk: int, multiple: int) -> int:
         """Steps of a chunk that one launch of the backward pass takes (see `segments`): all, or a multiple.
