@@ -66,7 +66,7 @@ def run(
         arrays: see `vjp.prepare`; "saved" as `forward.run` returns it, "adjoint" holds what enters each chunk from
             its end, [chunks, S, B, slabs, SLAB, D'].
         chunk: steps a chunk.
-        segment: steps of it that are walked: all, or what `arrays["segment"]` counts.
+        segment: steps of it that are walked: all, or the last part but `arrays["walked"]`.
         in_place: references to all results but "dprojections", to be written or added to; "dstate" holds the adjoint.
 
     Returns:
@@ -366,7 +366,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
     zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
     rows = [(zero_rows, zero_rows) for _ in m_range]
     constants = None
-    adjoints, resumed = inp.get("adjoint", out["dstate"]), "segment" in inp
+    adjoints, resumed = inp.get("adjoint", out["dstate"]), "walked" in inp
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
         sums = Sums(plan, out, 0, columns)

@@ -121,7 +121,7 @@ def _walk(plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs
     sums = Sums(plan, out, 0, columns)
     zero = layout_cast(jnp.zeros((steps, plan.threads.channels), F32), plan.threads.over_steps(steps))
     pairs = [[tl.fill(plan, 0.0)] * (plan.threads.rows // 2) for _ in range(plan.M)]
-    adjoints, resumed = inp.get("adjoint", out["dstate"]), "segment" in inp
+    adjoints, resumed = inp.get("adjoint", out["dstate"]), "walked" in inp
     adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0], columns=columns)
     rows, bias = [(zero, zero) for _ in range(plan.M)], block.load_parameters("dt_bias")
     carry = (adjoint, sums.zero() | {"dgain": pairs}, rows, bias)

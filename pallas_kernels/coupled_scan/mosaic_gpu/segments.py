@@ -58,23 +58,23 @@ def _run(plan: Plan, chunk: int, segment: int, arrays: Arrays) -> Arrays:
     empty = {name: lax.empty(v.shape, v.dtype) for name, v in shapes.items() if name not in SUMS}
     in_place = zeros | empty | {"dstate": arrays["adjoint"]}
     in_place = {name: fw.reshape_states(values, name, split) for name, values in in_place.items()}
-    total = jnp.zeros((*parts[2:4], chunks, count * segment, *parts[5:]), plan.dtype)
+    whole = (*parts[2:4], chunks, count * segment, *parts[5:])
+    totals = {name: lax.empty(whole, plan.dtype) for name in ("dB", "dC")}
     inputs = {name: values for name, values in arrays.items() if name != "adjoint"}
 
     def all_segments(refs: dict[str, Any]) -> None:
-        totals = [refs.pop(name) for name in ("dB", "dC")]
+        sums_of = [refs.pop(name) for name in totals]
 
-        def one(i: Any, _: None) -> None:
-            here = count - 1 - i
-            out = kernel.run(plan, inputs | {"segment": jnp.full(1, here, jnp.int32)}, chunk, segment, refs)
-            for k, total in enumerate(totals):
+        def one(walked: Any, _: None) -> None:
+            out = kernel.run(plan, inputs | {"walked": jnp.full(1, walked, jnp.int32)}, chunk, segment, refs)
+            for k, total in enumerate(sums_of):
                 sums = _sum_groups(plan, out["dprojections"][:, k])
                 sums = sums.reshape(*parts[2:4], chunks, segment, *parts[5:])
-                total[:, :, :, pl.ds(here * segment, segment)] = sums
+                total[:, :, :, pl.ds((count - 1 - walked) * segment, segment)] = sums
 
         lax.fori_loop(0, count, one, None)
 
-    out = pl.run_state(all_segments)(in_place | {"dB": total, "dC": total})
-    for name in ("dB", "dC"):
+    out = pl.run_state(all_segments)(in_place | totals)
+    for name in totals:
         out[name] = out[name][:, :, :, :chunk].reshape(*parts[2:4], chunks * chunk, *parts[5:])
     return {name: values.reshape(shapes[name].shape) if name in shapes else values for name, values in out.items()}

@@ -28,7 +28,7 @@ class Stretches:
         plan: the plan.
         steps: of a tile.
         chunk: steps of a chunk.
-        segment: steps of the part of it that is walked: all, or what `inp["segment"]` counts, see `segments`.
+        segment: steps of the part of it that is walked: all, or the last part but `inp["walked"]`, see `segments`.
         inp: the inputs, "saved" among them.
         out: the outputs, "entries" among them.
         scr: the shared memory.
@@ -43,7 +43,7 @@ class Stretches:
     def __init__(self, plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs):
         self.plan, self.steps, self.inp, self.out, self.scr = plan, steps, inp, out, scr
         self.b, self.c, self.columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
-        before = inp["segment"][0] * segment if "segment" in inp else 0
+        before = (-(-chunk // segment) - 1 - inp["walked"][0]) * segment if "walked" in inp else 0
         self.first, self.row = self.c * chunk + before, self.c * segment
         self.length = jnp.clip(jnp.minimum(chunk - before, plan.L - self.first), 0, segment)
         tiles = (self.length + steps - 1) // steps
