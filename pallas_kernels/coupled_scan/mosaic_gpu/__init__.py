@@ -5,11 +5,13 @@ plan.py            sizes, layouts over the threads, and the rules that cut time 
 tile.py            what the kernels do alike: loads, elementwise maths, one step
 warp.py            the same below Pallas: vectors of a thread, and what they are built of
 tensor.py          products and sums on the tensor cores
-forward.py         the forward kernel, and how a kernel is launched
+blocks.py          how a kernel is launched, and how its blocks fetch their tiles
+forward.py         the forward kernel
 forward_tensor.py  the forward kernel on the tensor cores: the paper's case in bfloat16
 pairs.py           its pairs of warpgroups
 backward.py        the backward kernel
 backward_tensor.py the backward kernel on the tensor cores
+segments.py        its launches, one for each segment of time
 stretches.py       the order in which both walk their tiles, and the states that enter them
 sums.py            their running sums of the parameters' gradients
 chunks.py          what enters chunks of time that run at once
@@ -34,21 +36,27 @@ for each m; u_m SUM_n B_mn C_mn is added where y is gated. Left are 4 instructio
 all instead of 165 for 24 of them. Factors have 11 bits: B and C are exact in them, u is rounded, g a H is cut off.
 A pair of warpgroups shares the work: one only scans, the other prepares and finishes tiles (`pairs`); two pairs make
 a block, so that registers can be moved to those that scan.
-Backwards (for 3 or 4 gated modalities, which is what was checked on a GPU, see `Plan.backward`) a warpgroup does
-everything: 347 instructions a thread and step for the adjoint instead of 456, 86 instead of 138 to find the next state
-again. The sums over channels for dB and dC are products in bfloat16 whose factors are turned by `movmatrix`, since the
-states lie where the tensor cores want what they add up.
+Backwards (gated only) a warpgroup does everything: 323 instructions a thread and step for the adjoint instead of 456,
+86 instead of 138 to find the next state again. The sums over channels for dB and dC are products in bfloat16 whose
+factors are turned by `movmatrix`, since the states lie where the tensor cores want what they add up.
 
 **Where things live.** Registers: the states, A and log g of the thread, in the backward pass also the running sums of
 dA and d(log g). Shared memory: tiles in flight, the tile's dt, dt x, B and C, halves of y; backwards the state entering
 each step of a tile and the partial sums of dx, ddt and y. Device memory: arguments and results, the state entering
 every 128 steps (saved by the forward pass), that entering each tile of the stretch at hand (written and read again by
-the backward pass), and sums of dB and dC for each group of 64 channels. Nothing of size L x D x N, no atomic operation.
+the backward pass), and sums of dB and dC for each group of 64 channels. Those would be 17% of the inputs at S2, so that
+the backward pass is launched for up to eight segments of time, the last one first, and adds the groups' sums up after
+each (`segments`): 9% extra memory in all instead of 23%, and 2.9 ms instead of 2.8. Everything else is written in
+place, and the adjoint handed on. Nothing of size L x D x N, no atomic operation.
 
 **Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
 each chunk's end state from zero and the product of its decays, a prefix over the chunks gives the entering states. The
 one chain H of `shared` makes that one product a state, whatever M is. Forwards, blocks of 32 channels save that pass
 where they fill the chip (`Plan.forward`): S3 0.54 ms instead of 0.74.
+
+**Barriers.** Warps that only read what others wrote wait for each other and nothing else (`tile.sync`); before a tile
+is copied out they also wait until all they have loaded and stored is done (`tile.commit`). Each copy to shared memory
+costs its warp some 20 instructions, so the warps share them out (`blocks.fetch`).
 
 **Copies out** of a tile that is contiguous in device memory become plain copies in Pallas, which stop neither at the
 end of a sample nor at that of its channels. `Plan.rows` and `Plan.forward` keep such tiles from reaching beyond.
@@ -60,10 +68,14 @@ for 63%.
 - The scan without tensor cores (`forward`, still that of the other cases): 0.80; S3 0.60, S4 2.82.
 - Tensor cores, but the same warps prepare, scan and finish: 0.79; S3 0.71, S4 2.9. Warps wait instead of counting.
 - One warpgroup scans, another prepares and finishes: 0.77; S3 0.54, S4 2.67, with the summary too 2.54 (kept).
+- Two warpgroups scan 32 channels each, a third prepares and finishes: 0.82 instead of 0.73, S4 2.66 instead of 2.42.
+- Four or two steps an iteration of the scan instead of eight: 0.72 and 0.74 instead of 0.72.
 - Two of the 24 powers of two a step by a polynomial instead of the special-function unit: 0.79, four 0.83, six 0.85.
 - The logarithm of softplus by a polynomial: 0.79; S3 0.56.
 - Twice as many chunks: S4 2.57.
 - In `forward`: B and C as 16 bits from shared memory, 5 to 7% slower; one barrier a tile instead of two, 8% (S3).
+- In `forward`, with several slabs of states: B and C of all of them converted at once, no barriers between slabs: S1
+  1.18 instead of 1.22 (kept).
 
 Backward without tensor cores (`backward`), 3.5: 456 instructions a thread and step, and twice 138 to find the states.
 
@@ -73,16 +85,20 @@ Backward without tensor cores (`backward`), 3.5: 456 instructions a thread and s
 - Sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once).
 - log g in shared memory, or two steps an iteration: no difference.
 
-Backward on the tensor cores (`backward_tensor`), 3.0: about 700 instructions a thread and step. The walk backwards has
-half of them and 31% of the time, the walks forwards take 29% (they wait for the special-function unit), what is done
-once a channel and step 39% (two warps a scheduler do not hide its latencies).
+Backward on the tensor cores (`backward_tensor`), 2.8: about 670 instructions a thread and step. The walk backwards has
+half of them and 37% of the time, the walks forwards take 34% (96 of their 343 instructions are the special-function
+unit's, 8 cycles each), what is done once a channel and step 25%.
 
 - One warpgroup walks backwards, another finds states, prepares and finishes: 3.8. The second one is the slower.
 - One warpgroup walks, another prepares and finishes: not run, 1059 instructions (tiles of 4 steps are all that fits).
 - Two warpgroups with 32 channels each, 4 warps a scheduler: 3.9. 902 instructions; 128 registers are too few.
 - One block a multiprocessor, for want of 1 kB of shared memory: 4.1.
 - dt_bias and skip loaded before waiting, the next tile fetched after the walk has begun: 3.1 to 3.0 (kept).
-- Two or four steps an iteration: no difference.
+- Two steps an iteration: 323 instructions instead of 347 and fewer stalls, 2% (kept); four do not fit into registers.
+- dt_bias kept from one tile's end for the next one's beginning, B and C loaded for all modalities before the first is
+  stored, no waiting for device memory at barriers, copies shared by the warps: 3.0 to 2.8 (kept).
+- The second block of a multiprocessor started 2 to 60 microseconds later, to mix its phases: no difference.
+- ybar as the other factor of dC instead of multiplied before: 307 instructions, but their `movmatrix` waits are longer.
 - States saved every 16 (8) steps instead of 128: 2.8 (2.4), with extra memory of 40% (61%) instead of 23%.
 """
 
@@ -151,12 +167,12 @@ def limits(problem: Problem) -> str | None:
 
 
 def _does_not_fit(p: Problem) -> str | None:
-    from pallas_kernels.coupled_scan.mosaic_gpu import backward, forward
+    from pallas_kernels.coupled_scan.mosaic_gpu import backward, blocks, forward
     from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 
     plan = Plan.of(p)
     try:
-        forward.choose_tiling(plan.forward(), forward.scratch, ((4, 4),))
+        blocks.choose_tiling(plan.forward(), forward.scratch, ((4, 4),))
         backward.choose_tiling(plan)
     except ValueError:
         return f"tiles of {plan.M} modalities and {plan.N} states in {plan.dtype} do not fit into shared memory"

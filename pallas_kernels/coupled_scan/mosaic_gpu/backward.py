@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks, stretches, tensor, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
-from pallas_kernels.coupled_scan.mosaic_gpu import stretches, tensor, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, THREADS, Plan, projection_layout
 from pallas_kernels.coupled_scan.mosaic_gpu.stretches import Stretches
@@ -29,8 +29,8 @@ LN2 = 0.6931471805599453
 def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
     channels = threads.channels
-    large = (fw.STAGES, m, steps, channels)
-    projections = smem((fw.STAGES, m, steps, plan.slabs, SLAB), plan.dtype)
+    large = (blocks.STAGES, m, steps, channels)
+    projections = smem((blocks.STAGES, m, steps, plan.slabs, SLAB), plan.dtype)
     parts = smem((part, m, threads.lanes, threads.padded), F32)
     scratch = {
         "x": smem(large, plan.dtype),
@@ -50,7 +50,7 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     if plan.gate:
         scratch |= {"z": smem(large, plan.dtype), "y": parts}
     if plan.flagged:
-        scratch["flags"] = smem((fw.STAGES, steps, plan.flags), F32)
+        scratch["flags"] = smem((blocks.STAGES, steps, plan.flags), F32)
     if plan.slabs > 1:
         scratch["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return scratch
@@ -96,7 +96,7 @@ def launch(
     out, chunks = shapes(plan, chunk, segment, *tiling), -(-plan.L // chunk)
     if in_place:
         out = {"dprojections": out["dprojections"]}
-    return fw.launch(plan, name, body, arrays, out, scratch, tiling, chunks, in_place)
+    return blocks.launch(plan, name, body, arrays, out, scratch, tiling, chunks, in_place)
 
 
 def shapes(plan: Plan, chunk: int, segment: int, steps: int, part: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def store_rows(plan: Plan, ref: Any, rows: list, *, add: bool) -> None:
 
 def choose_tiling(plan: Plan) -> tuple[int, int]:
     """Steps of a tile, and steps of it whose partial sums are kept at once: all where slabs add to them by turns."""
-    return fw.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
+    return blocks.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
 
 
 def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs) -> None:
@@ -311,7 +311,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
 
         per_slab(slot, walk, C=False)
         tl.sync()
-        order.fetch(item + fw.STAGES)
+        order.fetch(item + blocks.STAGES)
         return nothing
 
     def backward_item(s: Any, k: Any, item: Any, carry: tuple) -> tuple:
@@ -360,7 +360,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
                 target = out[name].at[:, b, pl.ds(start, steps), columns]
                 plgpu.copy_smem_to_gmem(scr[source].at[slot], target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        order.fetch(item + fw.STAGES)
+        order.fetch(item + blocks.STAGES)
         return adjoint, sums, rows
 
     zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
@@ -383,7 +383,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
 
         lax.fori_loop(0, plan.slabs, start_slab, None)
         carry = ([], {}, rows)
-    lax.fori_loop(0, fw.STAGES, lambda item, _: order.fetch(item), None)
+    lax.fori_loop(0, blocks.STAGES, lambda item, _: order.fetch(item), None)
     adjoint, totals, rows = order.walk(begin, forward_item, backward_item, carry)
     if plan.slabs == 1:
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)

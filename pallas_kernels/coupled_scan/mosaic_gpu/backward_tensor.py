@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import backward as bw
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks, tensor, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
-from pallas_kernels.coupled_scan.mosaic_gpu import tensor, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, FACTORS, SLAB, THREADS, Plan, projection_layout
 from pallas_kernels.coupled_scan.mosaic_gpu.stretches import Stretches
@@ -33,8 +33,8 @@ from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     del part
     m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
-    large = smem((fw.STAGES, m, steps, threads.channels), plan.dtype)
-    projections = smem((fw.STAGES, m, steps, 1, SLAB), plan.dtype)
+    large = smem((blocks.STAGES, m, steps, threads.channels), plan.dtype)
+    projections = smem((blocks.STAGES, m, steps, 1, SLAB), plan.dtype)
     factors = smem((steps, FACTORS, threads.strip), F32)
     scratch = dict.fromkeys(("x", "dt", "dy", "z"), large) | dict.fromkeys(("B", "C"), projections)
     scratch |= {
@@ -49,7 +49,7 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     if plan.readout == "per_modality":
         scratch["dots"] = smem((2, m, steps), F32)
     if plan.flagged:
-        scratch["flags"] = smem((fw.STAGES, steps, plan.flags), F32)
+        scratch["flags"] = smem((blocks.STAGES, steps, plan.flags), F32)
     return scratch
 
 
@@ -64,7 +64,7 @@ def run(
 
 def choose_tiling(plan: Plan) -> tuple[int, int]:
     """Twice the steps of a tile."""
-    return fw.choose_tiling(plan, _scratch, ((8, 8), (4, 4)))
+    return blocks.choose_tiling(plan, _scratch, ((8, 8), (4, 4)))
 
 
 def _walk(plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs) -> None:
@@ -82,7 +82,7 @@ def _walk(plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs
         return state, block.load_parameters("dt_bias")
 
     def start_walk(item: Any, *, C: bool) -> None:
-        tl.convert_projections(plan, inp, scr, lax.rem(item, fw.STAGES), 0, steps, C=C)
+        tl.convert_projections(plan, inp, scr, lax.rem(item, blocks.STAGES), 0, steps, C=C)
         # The results of the item before have long left its slot, where the next item goes; waits for the other warps.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         order.fetch(item + 1)

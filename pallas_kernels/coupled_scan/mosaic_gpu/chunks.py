@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks, summary_tensor
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
-from pallas_kernels.coupled_scan.mosaic_gpu import summary_tensor
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, TENSOR, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
@@ -57,31 +57,31 @@ def _run(
         result = summary_tensor.run(plan, arrays, chunk, count, reverse=reverse)
         return result["product"], result["rest"]
     m, smem = plan.M, jax.ShapeDtypeStruct
-    large = smem((fw.STAGES, m, STEPS, plan.threads.channels), plan.dtype)
+    large = smem((blocks.STAGES, m, STEPS, plan.threads.channels), plan.dtype)
     projection = "C" if reverse else "B"
     scratch = {name: large for name in ("x", "dt", "z", "dy") if name in arrays}
     scratch |= {
-        projection: smem((fw.STAGES, m, STEPS, plan.slabs, SLAB), plan.dtype),
+        projection: smem((blocks.STAGES, m, STEPS, plan.slabs, SLAB), plan.dtype),
         "projections": smem((STEPS, 2, m, SLAB), F32),
         "step": smem((STEPS, m, plan.threads.channels), F32),
         "u": smem((STEPS, m, plan.threads.channels), F32),
     }
     if plan.flagged:
-        scratch["flags"] = smem((fw.STAGES, STEPS, plan.flags), F32)
+        scratch["flags"] = smem((blocks.STAGES, STEPS, plan.flags), F32)
     shape = (count, plan.S, plan.B, plan.slabs, SLAB, plan.padded)
     out = {"product": jax.ShapeDtypeStruct(shape, F32), "rest": jax.ShapeDtypeStruct(shape, F32)}
     body = functools.partial(_summarise, plan, chunk, reverse)
     name = "coupled_scan_adjoint_summary" if reverse else "coupled_scan_summary"
-    tiling = fw.choose_tiling(plan, lambda *_: scratch, ((STEPS, STEPS),))
+    tiling = blocks.choose_tiling(plan, lambda *_: scratch, ((STEPS, STEPS),))
     # Every slab of states is a block of its own: no sum over the states is needed here.
-    result = fw.launch(plan, name, body, arrays, out, lambda *_: scratch, tiling, count * plan.slabs)
+    result = blocks.launch(plan, name, body, arrays, out, lambda *_: scratch, tiling, count * plan.slabs)
     return result["product"], result["rest"]
 
 
 def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr: Refs) -> None:
     b = lax.axis_index("sample")
     c, slab = lax.axis_index("chunk") // plan.slabs, lax.rem(lax.axis_index("chunk"), plan.slabs)
-    columns, rows = fw.my_columns(plan), range(plan.threads.rows)
+    columns, rows = blocks.my_columns(plan), range(plan.threads.rows)
     first = (c + 1 if reverse else c) * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + STEPS - 1) // STEPS
@@ -92,10 +92,10 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
     def fetch_tile(n: Any) -> None:
         @pl.when(n < tiles)
         def _() -> None:
-            slot = lax.rem(n, fw.STAGES)
-            fw.fetch(inp, scr, scr["arrived"].at[slot], b, columns, start(n), slot, STEPS)
+            slot = lax.rem(n, blocks.STAGES)
+            blocks.fetch(inp, scr, scr["arrived"].at[slot], b, columns, start(n), slot, STEPS)
 
-    lax.fori_loop(0, fw.STAGES, lambda n, _: fetch_tile(n), None)
+    lax.fori_loop(0, blocks.STAGES, lambda n, _: fetch_tile(n), None)
 
     def prepare(slot: Any) -> None:
         """dt, and in place of u = dt x (whose factor is B) the gradient of y before the gate (whose factor is C)."""
@@ -139,14 +139,14 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
         return fw.walk_steps(here, STEPS, step, (*state, first_step))[:2]
 
     def tile(n: Any, state: tuple[State, State]) -> tuple[State, State]:
-        slot = lax.rem(n, fw.STAGES)
+        slot = lax.rem(n, blocks.STAGES)
         plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare(slot)
         tl.convert_projections(plan, inp, scr, slot, slab, STEPS)
         tl.sync()
         state = scan_tile(n, slot, state)
         tl.sync()
-        fetch_tile(n + fw.STAGES)
+        fetch_tile(n + blocks.STAGES)
         return state
 
     initial = tuple([[tl.fill(plan, v)] * len(rows) for _ in range(plan.S)] for v in (1.0, 0.0))

@@ -1,12 +1,11 @@
-"""The forward kernel, and the summary of chunks that lets them run at once.
+"""The forward kernel.
 
 A block walks one chunk of one sample's time for 64 channels, tile by tile. Between two barriers of a tile lies the
 scan of all its steps; the other interval gates and stores the tile's output and prepares the next tile's steps.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,40 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import interpreted, is_interpreted, kernel_in_place
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu import warp
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SHARED_MEMORY, SLAB, Plan
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
-
-STAGES = 2
-FETCHED = ("x", "dt", "z", "dy", "B", "C", "flags")
-"""What a tile can have."""
-REBUILT = ("x", "dt", "B", "flags")
-"""What finding its states again takes."""
-STATES = {"gain": -1} | dict.fromkeys(
-    ("A", "state", "saved", "final", "adjoint", "dA", "dgain", "dstate", "entries", "product", "rest"), -2
-)
-"""The axis of SLAB states of the arrays that have one; the kernels see it as two, [lanes, rows]."""
-
-
-def choose_tiling(
-    plan: Plan, scratch: Callable[[Plan, int, int], dict[str, Any]], choices: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """Steps of a tile, and steps whose partial sums are kept at once: the first choice that fits.
-
-    Two blocks should fit into a multiprocessor's shared memory, so that one computes while the other waits.
-    """
-    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY - 1024):
-        for steps, part in choices:
-            if sum(map(size, scratch(plan, steps, part).values())) <= budget:
-                return steps, part
-    raise ValueError(f"no tile fits into shared memory: {plan}")
-
-
-def size(ref: Any) -> int:
-    """Bytes of shared memory; Pallas aligns to 1024."""
-    return -(-math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024
 
 
 def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
@@ -56,12 +25,12 @@ def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     del part
     m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
     channels = threads.channels
-    large = (STAGES, m, steps, channels)
+    large = (blocks.STAGES, m, steps, channels)
     result = {
         "x": smem(large, plan.dtype),
         "dt": smem(large, plan.dtype),
-        "B": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
-        "C": smem((STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
+        "B": smem((blocks.STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
+        "C": smem((blocks.STAGES, m, steps, plan.slabs, SLAB), plan.dtype),
         "projections": smem((plan.slabs, steps, 2, m, SLAB), F32),
         "step": smem((steps, m, channels), F32),
         "u": smem((steps, m, channels), F32),
@@ -71,7 +40,7 @@ def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
     if plan.gate:
         result["z"] = smem(large, plan.dtype)
     if plan.flagged:
-        result["flags"] = smem((STAGES, steps, plan.flags), F32)
+        result["flags"] = smem((blocks.STAGES, steps, plan.flags), F32)
     if plan.slabs > 1:
         result["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return result
@@ -97,119 +66,9 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
     }
     if save:
         out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
-    tiling = choose_tiling(plan, scratch, ((16, 16), (8, 8), (4, 4)))
+    tiling = blocks.choose_tiling(plan, scratch, ((16, 16), (8, 8), (4, 4)))
     body = functools.partial(_walk, plan, tiling[0], chunk, save)
-    return launch(plan, "coupled_scan_forward", body, arrays, out, scratch, tiling, -(-plan.L // chunk))
-
-
-def launch(
-    plan: Plan,
-    name: str,
-    body: Callable[[Refs, Refs, Refs], None],
-    arrays: dict[str, jax.Array],
-    out: dict[str, Any],
-    shared_memory: Callable[[Plan, int, int], dict[str, Any]],
-    tiling: tuple[int, int],
-    chunks: int,
-    in_place: Refs | None = None,
-) -> dict[str, jax.Array]:
-    """Runs `body(inputs, outputs, scratch)`, each a dict of references, for every 64 channels, sample and chunk.
-
-    Args:
-        plan: the plan.
-        name: what profiles show.
-        body: what a warpgroup does.
-        arrays: inputs.
-        out: shapes and dtypes of the outputs.
-        shared_memory: shapes and dtypes of what lies there.
-        tiling: arguments of `shared_memory`.
-        chunks: of time.
-        in_place: references to more outputs, states in them as the kernels see them.
-
-    Returns:
-        The outputs by name.
-    """
-    in_place = in_place or {}
-    names, shared = [*arrays, *in_place, *out], shared_memory(plan, *tiling)
-    split = (plan.threads.lanes, plan.threads.rows)
-    arrays = {k: reshape_states(v, k, split) for k, v in arrays.items()}
-    types = {k: jax.ShapeDtypeStruct(split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
-    barriers = {"arrived": FETCHED} | ({"rebuilt": REBUILT} if "history" in shared else {})
-
-    def kernel(*refs: Any, **scratch_refs: Any) -> None:
-        refs = dict(zip(names, refs, strict=True))
-        with interpreted(bool(plan.interpret)):
-            body({k: refs[k] for k in arrays}, {k: refs[k] for k in (*in_place, *out)}, scratch_refs)
-
-    build = kernel_in_place if in_place else plgpu.kernel
-    call = build(
-        kernel,
-        out_type=tuple(types.values()),
-        scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
-        | {
-            name: plgpu.Barrier(num_arrivals=sum(k in shared for k in copied), num_barriers=STAGES)
-            for name, copied in barriers.items()
-        },
-        grid=(plan.groups, plan.B, chunks),
-        grid_names=("group", "sample", "chunk"),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        kernel_name=name,
-        interpret=plan.interpret,
-    )
-    results = call(*arrays.values(), *in_place.values())
-    return {k: v.reshape(out[k].shape) for k, v in zip(out, results, strict=True)}
-
-
-def split_states(shape: tuple[int, ...], name: str, split: tuple[int, int]) -> tuple[int, ...]:
-    """A shape as the kernels see it."""
-    if name not in STATES:
-        return shape
-    axis = len(shape) + STATES[name]
-    return (*shape[:axis], *split, *shape[axis + 1 :])
-
-
-def reshape_states(values: jax.Array, name: str, split: tuple[int, int]) -> jax.Array:
-    """An array as the kernels see it."""
-    return values.reshape(split_states(values.shape, name, split))
-
-
-def my_columns(plan: Plan) -> Any:
-    """The channels of this block."""
-    return pl.ds(lax.axis_index("group") * plan.threads.channels, plan.threads.channels)
-
-
-def fetch(
-    inp: Refs,
-    scr: Refs,
-    arrived: Any,
-    b: Any,
-    columns: Any,
-    start: Any,
-    slot: Any,
-    steps: int,
-    names: Sequence[str] = FETCHED,
-) -> None:
-    """Starts the copies of a tile of sample b to shared memory; what lies beyond the arrays arrives as zeros."""
-    rows = pl.ds(start, steps)
-
-    def copy(key: str) -> None:
-        window = (b, rows) if key == "flags" else (slice(None), b, rows, *([columns] if key not in "BC" else []))
-        plgpu.copy_gmem_to_smem(inp[key].at[window], scr[key].at[slot], arrived)
-
-    def share(warp: Any) -> None:
-        for i, key in enumerate(keys):
-            pl.when(warp == i % 4)(functools.partial(copy, key))
-
-    keys = [key for key in names if key in scr]
-    if is_interpreted():
-        for key in keys:
-            copy(key)
-    else:
-        plgpu.warp_map(share)  # every copy costs its warp about 20 instructions
+    return blocks.launch(plan, "coupled_scan_forward", body, arrays, out, scratch, tiling, -(-plan.L // chunk))
 
 
 def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array | None:
@@ -316,7 +175,7 @@ def store_state(plan: Plan, ref: Any, state: State, columns: Any = None) -> None
 
 def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: Refs, scr: Refs) -> None:
     b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-    columns, rows = my_columns(plan), range(plan.threads.rows)
+    columns, rows = blocks.my_columns(plan), range(plan.threads.rows)
     first = c * chunk
     length = jnp.minimum(chunk, plan.L - first)
     tiles = (length + steps - 1) // steps
@@ -324,10 +183,10 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
     def fetch_tile(n: Any) -> None:
         @pl.when(n < tiles)
         def _() -> None:
-            slot = lax.rem(n, STAGES)
-            fetch(inp, scr, scr["arrived"].at[slot], b, columns, first + n * steps, slot, steps)
+            slot = lax.rem(n, blocks.STAGES)
+            blocks.fetch(inp, scr, scr["arrived"].at[slot], b, columns, first + n * steps, slot, steps)
 
-    lax.fori_loop(0, STAGES, lambda n, _: fetch_tile(n), None)
+    lax.fori_loop(0, blocks.STAGES, lambda n, _: fetch_tile(n), None)
 
     def of_slab(slab: Any) -> Refs:
         """The shared memory of a slab."""
@@ -341,7 +200,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             lax.fori_loop(0, plan.slabs, lambda slab, _: function(slab), None)
 
     def scan_slab(n: Any, slab: Any, constants: tl.Constants, state: State) -> State:
-        slot, here = lax.rem(n, STAGES), of_slab(slab)
+        slot, here = lax.rem(n, blocks.STAGES), of_slab(slab)
         if save:
 
             @pl.when(lax.rem(first + n * steps, save) == 0)
@@ -371,7 +230,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         return state
 
     def prepare(n: Any) -> None:
-        slot = lax.rem(n, STAGES)
+        slot = lax.rem(n, blocks.STAGES)
         plgpu.barrier_wait(scr["arrived"].at[slot])
         prepare_steps(plan, inp, scr, columns, slot, steps)
         each_slab(lambda slab: tl.convert_projections(plan, inp, of_slab(slab), slot, slab, steps))
@@ -389,7 +248,13 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
             each_slab(one)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and for the other warps
         finish_steps(
-            plan, inp, scr, columns, lax.rem(n, STAGES), steps, lambda m: tl.load_parts(plan, scr["parts"], m, steps)
+            plan,
+            inp,
+            scr,
+            columns,
+            lax.rem(n, blocks.STAGES),
+            steps,
+            lambda m: tl.load_parts(plan, scr["parts"], m, steps),
         )
 
         @pl.when(n + 1 < tiles)
@@ -399,7 +264,7 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         tl.commit()
         window = pl.ds(first + n * steps, steps)
         plgpu.copy_smem_to_gmem(scr["out"], out["y"].at[:, b, window, columns])
-        fetch_tile(n + STAGES)
+        fetch_tile(n + blocks.STAGES)
         return state
 
     if plan.slabs == 1:

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import interpreted
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import (
     F32,
     FACTORS,
@@ -29,7 +29,7 @@ from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
 
 STAGES = 3
 """Tiles in flight or in use: one that is finished, one that is scanned, one on its way."""
-SCAN_REGISTERS, OTHER_REGISTERS = 176, 80
+SCAN_REGISTERS, OTHER_REGISTERS = 192, 64
 """Of a thread, where four warpgroups share a multiprocessor."""
 
 
@@ -130,7 +130,7 @@ class Pair(abc.ABC):
             @pl.when(n < tiles)
             def _() -> None:
                 arrived, slot = self.barrier("arrived", n), lax.rem(n, STAGES)
-                fw.fetch(inp, self.shared, arrived, self.b, self.columns, self.start(n), slot, steps)
+                blocks.fetch(inp, self.shared, arrived, self.b, self.columns, self.start(n), slot, steps)
 
         def prepare(n: Any) -> None:
             @pl.when(n < tiles)
@@ -218,12 +218,12 @@ def launch(
     shared = next(
         shared
         for steps in (16, 8, 4)
-        if sum(map(fw.size, (shared := kind.scratch(plan, pairs, steps)).values())) <= SHARED_MEMORY - 1024
+        if sum(map(blocks.size, (shared := kind.scratch(plan, pairs, steps)).values())) <= SHARED_MEMORY - 1024
     )
     steps = shared["dt"].shape[3]
     names, split = [*arrays, *out], (plan.threads.lanes, plan.threads.rows)
-    types = {k: jax.ShapeDtypeStruct(fw.split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
-    copies = sum(key in shared for key in fw.FETCHED)
+    types = {k: jax.ShapeDtypeStruct(blocks.split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
+    copies = sum(key in shared for key in blocks.FETCHED)
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
@@ -252,5 +252,5 @@ def launch(
         kernel_name=name,
         interpret=plan.interpret,
     )
-    results = call(*(fw.reshape_states(v, k, split) for k, v in arrays.items()))
+    results = call(*(blocks.reshape_states(v, k, split) for k, v in arrays.items()))
     return {k: v.reshape(out[k].shape) for k, v in zip(out, results, strict=True)}

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, stretches
-from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
+from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, blocks, stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
 
 Arrays = dict[str, jax.Array]
@@ -57,7 +56,7 @@ def _run(plan: Plan, chunk: int, segment: int, arrays: Arrays) -> Arrays:
     zeros = {name: jnp.zeros(v.shape, v.dtype) for name, v in shapes.items() if name in SUMS}
     empty = {name: lax.empty(v.shape, v.dtype) for name, v in shapes.items() if name not in SUMS}
     in_place = zeros | empty | {"dstate": arrays["adjoint"]}
-    in_place = {name: fw.reshape_states(values, name, split) for name, values in in_place.items()}
+    in_place = {name: blocks.reshape_states(values, name, split) for name, values in in_place.items()}
     whole = (*parts[2:4], chunks, count * segment, *parts[5:])
     totals = {name: lax.empty(whole, plan.dtype) for name in ("dB", "dC")}
     inputs = {name: values for name, values in arrays.items() if name != "adjoint"}

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
@@ -42,7 +43,7 @@ class Stretches:
 
     def __init__(self, plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs):
         self.plan, self.steps, self.inp, self.out, self.scr = plan, steps, inp, out, scr
-        self.b, self.c, self.columns = lax.axis_index("sample"), lax.axis_index("chunk"), fw.my_columns(plan)
+        self.b, self.c, self.columns = lax.axis_index("sample"), lax.axis_index("chunk"), blocks.my_columns(plan)
         before = (-(-chunk // segment) - 1 - inp["walked"][0]) * segment if "walked" in inp else 0
         self.first, self.row = self.c * chunk + before, self.c * segment
         self.length = jnp.clip(jnp.minimum(chunk - before, plan.L - self.first), 0, segment)
@@ -55,20 +56,20 @@ class Stretches:
 
     def fetch(self, item: Any) -> None:
         """Starts the copies of an item's tile, if there is one."""
-        slot = lax.rem(item, fw.STAGES)
+        slot = lax.rem(item, blocks.STAGES)
         s, k, forwards = self.tile(item)
 
         def start(barrier: str, names: Sequence[str]) -> None:
             arrived, first = self.scr[barrier].at[slot], self.start(s, k)
-            fw.fetch(self.inp, self.scr, arrived, self.b, self.columns, first, slot, self.steps, names)
+            blocks.fetch(self.inp, self.scr, arrived, self.b, self.columns, first, slot, self.steps, names)
 
         exists = item < self.items
-        pl.when(jnp.logical_and(exists, forwards))(lambda: start("rebuilt", fw.REBUILT))
-        pl.when(jnp.logical_and(exists, jnp.logical_not(forwards)))(lambda: start("arrived", fw.FETCHED))
+        pl.when(jnp.logical_and(exists, forwards))(lambda: start("rebuilt", blocks.REBUILT))
+        pl.when(jnp.logical_and(exists, jnp.logical_not(forwards)))(lambda: start("arrived", blocks.FETCHED))
 
     def await_tile(self, item: Any, *, forwards: bool) -> Any:
         """Waits for an item's tile; returns its slot."""
-        slot = lax.rem(item, fw.STAGES)
+        slot = lax.rem(item, blocks.STAGES)
         plgpu.barrier_wait(self.scr["rebuilt" if forwards else "arrived"].at[slot])
         return slot
 
