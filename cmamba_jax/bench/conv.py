@@ -1,9 +1,10 @@
-"""`cmamba bench conv`: the causal depthwise convolution and SiLU before the scan, as XLA compiles them.
+"""`cmamba bench conv`: the causal depthwise convolution and SiLU before the scan, as a kernel or as XLA compiles them.
 
-Both are bound by memory, so that their time is set against copying what they have to read and write once.
+They are bound by memory, so that their time is set against copying what they have to read and write once.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import tyro
 
 from cmamba_jax.bench import peers, timing
-from cmamba_jax.models import functional
 from cmamba_jax.results import records
+from pallas_kernels.causal_conv import causal_conv_silu, choose_implementation
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
 
 TAPS = 4
@@ -43,7 +44,11 @@ def main(args: list[str]) -> None:
     """
     options = tyro.cli(Options, args=args, prog="cmamba bench conv")
     bandwidth = timing.copy_bandwidth()
-    results = [{"shape": name} | measure(BENCHMARKS[name], bandwidth, options.repeats) for name in options.shapes]
+    results = [
+        {"shape": name, "implementation": implementation} | measured
+        for name in options.shapes
+        for implementation, measured in measure(BENCHMARKS[name], bandwidth, options.repeats).items()
+    ]
     record = records.describe("conv", ["bench", "conv", *args]) | {
         "bandwidth_bytes_per_second": bandwidth,
         "repeats": options.repeats,
@@ -56,13 +61,13 @@ def main(args: list[str]) -> None:
     print(f"{record['device']}: copies {bandwidth / 1e12:.2f} TB/s; ms, and the share of it that the bytes would take")
     for result in results:
         cells = (f"{kind} {result[kind]['ms']:8.3f} {result[kind]['share']:5.0%}" for kind in KINDS)
-        print(f"{result['shape']:<6}", "   ".join(cells))
+        print(f"{result['shape']:<6} {result['implementation']:<10}", "   ".join(cells))
 
 
 KINDS = ("forward", "forward_backward")
 
 
-def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, Any]:
+def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, dict[str, Any]]:
     """Times of one size.
 
     Args:
@@ -71,8 +76,9 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, Any]:
         repeats: timed runs.
 
     Returns:
-        "case" and for each of `KINDS` "ms" and "share": the time that reading x and writing y takes (backward: reading
-        x and the gradient of y, writing that of x), divided by it.
+        For the implementation that is chosen here and for XLA's: "case", and for each of `KINDS` "ms" and "share": the
+        time that reading x and writing y takes (backward: reading x and the gradient of y, writing that of x), divided
+        by it.
     """
     keys = jax.random.split(jax.random.key(0), 4)
     shape, dtype = (case.M, case.B, case.L, case.D), jnp.dtype(case.dtype)
@@ -81,16 +87,18 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, Any]:
     bias = jax.random.normal(keys[3], (case.M, case.D))
     window = jnp.zeros((case.M, case.B, TAPS - 1, case.D), dtype)
 
-    def forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        return jax.nn.silu(functional.causal_depthwise_conv(x, kernel, bias, window, None)[0])
+    def forward(implementation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return causal_conv_silu(x, kernel, bias, window, implementation=implementation)
 
-    def forward_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
-        y, vjp = jax.vjp(forward, x, kernel, bias)
+    def forward_backward(implementation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
+        y, vjp = jax.vjp(functools.partial(forward, implementation), x, kernel, bias)
         return y, vjp(bar)
 
-    result: dict[str, Any] = {"case": {axis: getattr(case, axis) for axis in ("M", "B", "L", "D", "dtype")}}
-    for kind, function, arrays in zip(KINDS, (forward, forward_backward), (2, 5), strict=True):
-        run = peers.repeated(jax.jit(function), x, kernel, bias)
-        ms = 1e3 * timing.median_seconds(run, calls=10, repeats=repeats)
-        result[kind] = {"ms": ms, "share": 1e3 * arrays * x.nbytes / bandwidth / ms}
-    return result
+    results: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys((choose_implementation(x, kernel, bias, window), "xla")):
+        results[name] = {"case": {axis: getattr(case, axis) for axis in ("M", "B", "L", "D", "dtype")}}
+        for kind, function, arrays in zip(KINDS, (forward, forward_backward), (2, 5), strict=True):
+            run = peers.repeated(jax.jit(functools.partial(function, name)), x, kernel, bias)
+            ms = 1e3 * timing.median_seconds(run, calls=10, repeats=repeats)
+            results[name][kind] = {"ms": ms, "share": 1e3 * arrays * x.nbytes / bandwidth / ms}
+    return results

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from cmamba_jax.models import partition
+from pallas_kernels import causal_conv
 
 
 def uniform_fan_in(key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Float[Array, "..."]:
@@ -129,3 +130,32 @@ def causal_depthwise_conv(
     for j, tap in enumerate(taps):
         total = total + kernel[:, None, None, kernel.shape[1] - 1 - j] * tap
     return total, window
+
+
+def causal_conv_silu(
+    x: Float[Array, "M B L D"],
+    mask: Bool[Array, "M B L"] | None,
+    kernel: Float[Array, "M K D"],
+    bias: Float[Array, "M D"],
+    window: Float[Array, "M B W D"],
+    reset: Bool[Array, "B L"] | None,
+    *,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "M B L D"], Float[Array, "M B W D"]]:
+    """SiLU of `causal_depthwise_conv` of what `keep` leaves of x.
+
+    Without resets, forwards and on one device a kernel does it in one pass where there is one (see
+    `pallas_kernels.causal_conv`); `implementation="xla"` leaves it to XLA everywhere.
+
+    Returns:
+        The result in x's dtype and the window that continues it.
+    """
+    kept = keep(x, mask)
+    if reset is None and not reverse and not partition.spreads():
+        name = implementation or causal_conv.choose_implementation(x, kernel, bias, window, mask)
+        if name != "xla":
+            _, after = history(kept, window, None)
+            return causal_conv.causal_conv_silu(x, kernel, bias, window, mask, implementation=name), after
+    total, after = causal_depthwise_conv(kept, kernel, bias, window, reset, reverse=reverse)
+    return jax.nn.silu(total), after

@@ -56,6 +56,11 @@ def _meshed() -> Partition | None:
     return partition if partition is not None and partition.mesh is not None else None
 
 
+def spreads() -> bool:
+    """Whether arrays are spread over a mesh of devices."""
+    return _meshed() is not None
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """Cuts an array whose axes are these letters, e.g. "MBLF", as the partition says; B, L and D are cut."""
     partition = _meshed()

@@ -115,15 +115,16 @@ class CoupledSSM(nnx.Module):
         if self.reverse and reset is not None:
             # Backwards, a sequence starts at its last step, which is the one before the next one's first.
             reset = jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
-        x, window = functional.causal_depthwise_conv(
-            functional.keep(u, mask),
+        x, window = functional.causal_conv_silu(
+            u,
+            mask,
             self.conv_kernel[...],
             self.conv_bias[...],
             state.window,
             reset,
             reverse=self.reverse,
+            implementation=None if self.scan in (None, "mosaic_gpu") else "xla",
         )
-        x = jax.nn.silu(x)
         dt, B, C = jnp.split(
             functional.linear(x, self.select[...], x.dtype), [self.rank, self.rank + self.A_log.shape[-1]], axis=-1
         )

@@ -183,12 +183,19 @@ def _conv(records: Sequence[Record]) -> str:
         parts.append(
             f"`{record['command']}`: M 3, bfloat16, 4 taps; medians of {record['repeats']}; {_where(record)}.\n"
         )
-        heads = ["(B, L, D)", "forward ms", "bytes / forward", "forward + backward ms", "bytes / forward + backward"]
+        heads = ["(B, L, D)", "by", "forward ms", "bytes / forward"]
+        heads += ["forward + backward ms", "bytes / forward + backward"]
         rows = []
         for result in record["results"]:
             label = f"{result['shape']} ({', '.join(str(result['case'][axis]) for axis in 'BLD')})"
             values = (result[kind] for kind in ("forward", "forward_backward"))
-            rows.append([label, *(text for v in values for text in (f"{v['ms']:.2f}", f"{v['share']:.2f}"))])
+            rows.append(
+                [
+                    label,
+                    result["implementation"],
+                    *(text for v in values for text in (f"{v['ms']:.2f}", f"{v['share']:.2f}")),
+                ]
+            )
         parts.append(_markdown(heads, rows))
     return "\n".join(parts)
 

@@ -19,7 +19,7 @@ def test_times_and_their_share_of_the_bytes(tmp_path, capsys, monkeypatch):
     assert "tiny" in capsys.readouterr().out
     (path,) = records.collect(tmp_path, tmp_path / "results")
     table, count = readme.render([json.loads(path.read_text())], "<!-- results: conv -->\n<!-- end -->")
-    assert count == 1 and "| tiny (1, 6, 4) |" in table
+    assert count == 1 and "| tiny (1, 6, 4) | xla |" in table
 
 
 def test_copies_are_measured():
