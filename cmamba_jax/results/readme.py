@@ -189,13 +189,9 @@ def _conv(records: Sequence[Record]) -> str:
         for result in record["results"]:
             label = f"{result['shape']} ({', '.join(str(result['case'][axis]) for axis in 'BLD')})"
             values = (result[kind] for kind in ("forward", "forward_backward"))
-            rows.append(
-                [
-                    label,
-                    result["implementation"],
-                    *(text for v in values for text in (f"{v['ms']:.2f}", f"{v['share']:.2f}")),
-                ]
-            )
+            texts = (text for v in values for text in (f"{v['ms']:.2f}", f"{v['share']:.2f}"))
+            # Older records have XLA's alone.
+            rows.append([label, result.get("implementation", "xla"), *texts])
         parts.append(_markdown(heads, rows))
     return "\n".join(parts)
 
