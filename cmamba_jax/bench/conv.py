@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import tyro
 
 from cmamba_jax.bench import peers, timing
+from cmamba_jax.models import functional
 from cmamba_jax.results import records
-from pallas_kernels.causal_conv import causal_conv_silu, choose_implementation
+from pallas_kernels.causal_conv import choose_implementation
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
 
 TAPS = 4
@@ -88,7 +89,7 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, dict[str, A
     window = jnp.zeros((case.M, case.B, TAPS - 1, case.D), dtype)
 
     def forward(implementation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        return causal_conv_silu(x, kernel, bias, window, implementation=implementation)
+        return functional.causal_conv_silu(x, None, kernel, bias, window, None, implementation=implementation)[0]
 
     def forward_backward(implementation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
         y, vjp = jax.vjp(functools.partial(forward, implementation), x, kernel, bias)

@@ -145,8 +145,9 @@ def causal_conv_silu(
 ) -> tuple[Float[Array, "M B L D"], Float[Array, "M B W D"]]:
     """SiLU of `causal_depthwise_conv` of what `keep` leaves of x.
 
-    Without resets, forwards and on one device a kernel does it in one pass where there is one (see
-    `pallas_kernels.causal_conv`); `implementation="xla"` leaves it to XLA everywhere.
+    Without resets, forwards and outside of a partition over a mesh a kernel does it in one pass where there is one (see
+    `pallas_kernels.causal_conv`); `implementation="xla"` leaves it to XLA everywhere, which arrays that are spread over
+    devices without a partition need, since XLA gathers the inputs of a kernel.
 
     Returns:
         The result in x's dtype and the window that continues it.

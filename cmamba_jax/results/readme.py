@@ -98,7 +98,7 @@ def _device(records: Sequence[Record]) -> str:
     parts = []
     for where, group in by_place.items():
         commands = ", ".join(f"`{record['command']}`" for record in group)
-        repeats = ", ".join(sorted({str(record["repeats"]) for record in group}))
+        repeats = ", ".join(dict.fromkeys(str(record["repeats"]) for record in group))
         parts.append(f"{commands}: M 3, bfloat16, with skip, gate, bias and softplus; medians of {repeats}; {where}.\n")
         heads = ["(B, L, D, N)", "scan", "forward ms", "forward + backward ms", "floor / forward", "extra memory"]
         parts.append(_markdown(heads, [row for record in group for row in _device_rows(record)]))

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cmamba_jax.bench import topology
-from cmamba_jax.models import functional
+from cmamba_jax.config import ModelConfig, TaskConfig
+from cmamba_jax.models import CoupledMamba, functional, partition
 from pallas_kernels import causal_conv
 from pallas_kernels._compat import interpret_params
-from pallas_kernels.causal_conv import causal_conv_silu, mosaic_gpu
+from pallas_kernels.causal_conv import causal_conv_silu, mosaic_gpu, xla
 from pallas_kernels.coupled_scan.types import UnsupportedError
 
 
@@ -98,6 +100,24 @@ def test_several_tiles_a_block(monkeypatch):
     """Tiles of several samples, and a last block with fewer of them."""
     monkeypatch.setattr(mosaic_gpu.backward, "BLOCKS", 2)
     check(interpreted, 1, 3, 130, 8, 4, "float32", True)
+
+
+@needs_ragged_copies
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_of_problems(shared):
+    """As several seeds in one program make them: of one kernel or of each its own."""
+    x, kernel, bias, window = (jax.random.normal(jax.random.key(k), (2, *v.shape)) for k, v in enumerate(inputs()))
+    axes = (0, None, None, 0) if shared else (0, 0, 0, 0)
+    arguments = (x, kernel[0], bias[0], window) if shared else (x, kernel, bias, window)
+
+    def gradients(function, *floats):
+        y, pull = jax.vjp(lambda *floats: function(*floats, None), *floats)
+        return y, *pull(jnp.ones_like(y))
+
+    found = jax.vmap(lambda *floats: gradients(interpreted, *floats), axes)(*arguments)
+    expected = jax.vmap(lambda *floats: gradients(xla.conv_silu, *floats), axes)(*arguments)
+    for value, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, want, atol=1e-5)
 
 
 def test_interpreted_forward_kernel_of_whole_tiles():
@@ -244,7 +264,29 @@ def test_the_model_takes_the_kernels_where_they_can_be_used(monkeypatch):
         np.testing.assert_allclose(value, want, atol=1e-5)
     functional.causal_conv_silu(*arguments, jnp.zeros((1, 20), bool))
     functional.causal_conv_silu(*arguments, None, reverse=True)
+    with partition.use(partition.Partition(jax.sharding.Mesh(jax.devices()[:1], ("data",)))):
+        functional.causal_conv_silu(*arguments, None)
     assert calls == ["mosaic_gpu"]
+
+
+@pytest.mark.parametrize(("scan", "implementation"), [(None, None), ("mosaic_gpu", None), ("xla", "xla")])
+def test_the_scan_decides_for_the_convolution(scan, implementation, monkeypatch):
+    asked = []
+
+    def conv(*arguments, **options):
+        asked.append(options["implementation"])
+        raise InterruptedError
+
+    monkeypatch.setattr(functional, "causal_conv_silu", conv)
+    model = CoupledMamba(
+        ModelConfig(d_model=8, n_layers=1, scan=scan),
+        features={"a": 3, "b": 2},
+        task=TaskConfig(kind="regression"),
+        rngs=nnx.Rngs(0),
+    )
+    with pytest.raises(InterruptedError):
+        model({"a": jnp.ones((1, 20, 3)), "b": jnp.ones((1, 20, 2))})
+    assert asked == [implementation]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import test_causal_conv as suite
 
 from pallas_kernels import causal_conv
-from pallas_kernels.causal_conv import causal_conv_silu
+from pallas_kernels.causal_conv import causal_conv_silu, mosaic_gpu
 from pallas_kernels.platform import default_platform
 
 if causal_conv.unsupported(default_platform(), jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 2, 1))) is not None:
@@ -19,7 +19,7 @@ MORE = [
     (1, 7, 21, 64, 4, "bfloat16", True),
     (1, 7, 21, 64, 2, "float32", False),
     (2, 3, 333, 40, 8, "bfloat16", True),
-    (1, 9, 4096, 640, 4, "bfloat16", False),  # two tiles a block backwards, as the next one
+    (1, 13, 4096, 640, 4, "bfloat16", False),  # two tiles a block backwards, as the next one
     (3, 171, 300, 256, 4, "bfloat16", True),
 ]
 
@@ -27,6 +27,14 @@ MORE = [
 @pytest.mark.parametrize("case", [*suite.CASES, *MORE], ids=str)
 def test_on_a_gpu(case):
     suite.check(lambda *arguments: causal_conv_silu(*arguments, implementation="mosaic_gpu"), *case)
+
+
+def test_eight_tiles_a_block_backwards(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu.backward, "BLOCKS", 16)
+    suite.check(
+        lambda *arguments: causal_conv_silu(*arguments, implementation="mosaic_gpu"),
+        *(3, 5, 700, 136, 4, "bfloat16", False),
+    )
 
 
 def test_same_bits_twice():

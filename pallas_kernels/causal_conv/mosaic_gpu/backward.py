@@ -23,7 +23,6 @@ from pallas_kernels.causal_conv.mosaic_gpu.block import (
     Plan,
     Refs,
     launch,
-    sigmoid,
 )
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32
@@ -65,7 +64,7 @@ def _work(plan: Plan, inp: Refs, out: Refs, scr: Refs) -> None:
         for i, (x, dy) in enumerate(loaded):
             recent = [*recent, x]
             v = block.before_silu(recent)
-            s = sigmoid(plan, v)
+            s = tl.sigmoid(plan.dtype, v)
             # The gradient before SiLU; beyond the sequence's end dy arrives as zeros.
             g = dy * (s * (1.0 + v * (1.0 - s)))
             sums = [total + term for total, term in zip(sums, [*(g * x for x in recent), g], strict=True)]

@@ -201,10 +201,3 @@ class Block:
     def before_silu(self, recent: list[Array]) -> Array:
         """The convolution from the last K inputs."""
         return tl.total([self.taps[-1], *(w * x for w, x in zip(self.taps[:-1], recent, strict=True))])
-
-
-def sigmoid(plan: Plan, values: Array) -> Array:
-    """One hardware operation instead of two where x is bfloat16: it is exact to 2**-11."""
-    if plan.dtype == jnp.bfloat16:
-        return 0.5 + 0.5 * jnp.tanh(0.5 * values)
-    return 1.0 / (1.0 + jnp.exp(-values))

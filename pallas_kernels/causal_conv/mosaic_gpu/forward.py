@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import store
-from pallas_kernels.causal_conv.mosaic_gpu.block import AT_ONCE, RUN, STEPS, Array, Block, Plan, Refs, launch, sigmoid
+from pallas_kernels.causal_conv.mosaic_gpu.block import AT_ONCE, RUN, STEPS, Array, Block, Plan, Refs, launch
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 
 
@@ -29,7 +29,7 @@ def _work(plan: Plan, inp: Refs, out: Refs, scr: Refs) -> None:
         for x in [block.inputs(step) for step in steps]:
             recent = [*recent, x]
             v = block.before_silu(recent)
-            results.append(v * sigmoid(plan, v))
+            results.append(v * tl.sigmoid(plan.dtype, v))
             recent = recent[1:]
         for step, y in zip(steps, results, strict=True):
             store(block.at("y", step), y.astype(plan.dtype))

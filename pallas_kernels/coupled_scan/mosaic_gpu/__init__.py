@@ -46,8 +46,8 @@ each step of a tile and the partial sums of dx, ddt and y. Device memory: argume
 every 128 steps (saved by the forward pass), that entering each tile of the stretch at hand (written and read again by
 the backward pass), and sums of dB and dC for each group of 64 channels. Those would be 17% of the inputs at S2, so that
 the backward pass is launched for up to eight segments of time, the last one first, and adds the groups' sums up after
-each (`segments`): 9% extra memory in all instead of 23%, and 2.9 ms instead of 2.8. Everything else is written in
-place, and the adjoint handed on. Nothing of size L x D x N, no atomic operation.
+each (`segments`): 9% extra memory in all instead of 23%, and 0.1 ms more. Everything else is written in place, and the
+adjoint handed on. Nothing of size L x D x N, no atomic operation.
 
 **Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
 each chunk's end state from zero and the product of its decays, a prefix over the chunks gives the entering states. The
@@ -99,7 +99,8 @@ unit's, 8 cycles each), what is done once a channel and step 25%.
   stored, no waiting for device memory at barriers, copies shared by the warps: 3.0 to 2.8 (kept).
 - The second block of a multiprocessor started 2 to 60 microseconds later, to mix its phases: no difference.
 - ybar as the other factor of dC instead of multiplied before: 307 instructions, but their `movmatrix` waits are longer.
-- States saved every 16 (8) steps instead of 128: 2.8 (2.4), with extra memory of 40% (61%) instead of 23%.
+- States saved every 16 (8) steps instead of 128, of the kernel that took 3.0, before segments: 2.8 (2.4), with extra
+  memory of 40% (61%) instead of 23%.
 """
 
 import dataclasses

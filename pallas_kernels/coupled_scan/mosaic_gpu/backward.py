@@ -92,7 +92,7 @@ def launch(
     segment: int,
     in_place: Refs | None,
 ) -> dict[str, jax.Array]:
-    """`forward.launch` with the results of the backward pass."""
+    """`blocks.launch` with the results of the backward pass."""
     out, chunks = shapes(plan, chunk, segment, *tiling), -(-plan.L // chunk)
     if in_place:
         out = {"dprojections": out["dprojections"]}
@@ -245,7 +245,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
                     tl.add_slab(plan, scr[name].at[row, m, :, pl.ds(0, threads.channels)], value, slab)
         return tl.reset_state(plan, scr, slot, t, adjoint), sums
 
-    def finish(slot: Any, start: Any, offset: int, valid: Any, rows: list) -> list:
+    def finish(slot: Any, offset: int, valid: Any, rows: list) -> list:
         """Results of `part` steps from `offset` of the tile on, in place of the tile's inputs; `rows`: running sums."""
         window = pl.ds(offset, part)
         index = lax.broadcasted_iota(jnp.int32, (part, threads.channels), 0)
@@ -262,7 +262,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
             d_dt = sums["d_exponent"] * LN2 + sums["d_u"] * x
             if plan.dt_softplus:
                 raw = tl.keep(here, columns_of("dt")) + tl.over_steps(plan, inp["dt_bias"].at[m, columns], part)
-                d_dt = d_dt * tl.sigmoid(plan, raw)
+                d_dt = d_dt * tl.sigmoid(plan.dtype, raw)
             d_dt = tl.keep(here, d_dt)
             d_x = sums["d_u"] * dt
             if plan.skip:
@@ -273,7 +273,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
                 y = sums["y"]
                 if plan.skip:
                     y = y + tl.over_steps(plan, inp["skip"].at[m, columns], part) * x
-                s = tl.sigmoid(plan, z)
+                s = tl.sigmoid(plan.dtype, z)
                 result["dz"] = dy * y * (s + z * s * (1.0 - s))
             results.append({name: value.astype(plan.dtype) for name, value in result.items()})
             zero = jnp.zeros_like(d_dt)
@@ -353,7 +353,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
                     write_projections(start, offset, slab)
 
                 per_slab(slot, one, C=True)
-            rows = finish(slot, start, offset, valid, rows)
+            rows = finish(slot, offset, valid, rows)
             (tl.sync if offset else tl.commit)()
         for name, source in (("dx", "x"), ("ddt", "dt"), ("dz", "z")):
             if name in out:

@@ -1,4 +1,4 @@
-"""The backward kernel on the tensor cores: `shared`, bfloat16, gated, up to 16 states, 3 or 4 modalities.
+"""The backward kernel on the tensor cores: `shared`, bfloat16, gated, up to 16 states and 4 modalities.
 
 It walks as `backward` does (see `stretches`). With l the adjoint of H, dh_m = l + C_m ybar_m and q_m = g_m a_m H:
 
@@ -191,7 +191,7 @@ class _Block:
             here = fw.present(plan, scr, slot, m, steps)
             flight = [tl.load_rows(plan, scr[k].at[slot, m], steps) for k in ("x", "dt", "dy", "z")]
             x, raw, dy, z = (tl.keep(here, v) for v in flight)
-            gate = tl.sigmoid(plan, z)
+            gate = tl.sigmoid(plan.dtype, z)
             ybar = dy * (z * gate)
             dt = tl.load_rows(plan, scr["step"].at[:, m, :], steps)
             d_exponent, d_u, y = (tl.load_rows(plan, scr[k].at[:, m, cut], steps) for k in ("ybar", "u", "y"))
@@ -201,7 +201,7 @@ class _Block:
                 y = y + x * dt * BC
             d_dt = d_exponent * bw.LN2 + d_u * x
             if plan.dt_softplus:
-                d_dt = d_dt * tl.sigmoid(plan, raw + parameters["dt_bias"][m])
+                d_dt = d_dt * tl.sigmoid(plan.dtype, raw + parameters["dt_bias"][m])
             d_dt, d_x = tl.keep(here, d_dt), d_u * dt
             if plan.skip:
                 d_x = d_x + parameters["skip"][m] * ybar

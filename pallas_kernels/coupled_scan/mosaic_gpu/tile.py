@@ -141,9 +141,9 @@ def softplus(plan: Plan, values: Array) -> Array:
     return jnp.maximum(values, 0.0) + tail
 
 
-def sigmoid(plan: Plan, values: Array) -> Array:
+def sigmoid(dtype: Any, values: Array) -> Array:
     """One hardware operation instead of two (exp, reciprocal) where the inputs are bfloat16; it is exact to 2**-11."""
-    if plan.dtype == jnp.bfloat16:
+    if dtype == jnp.bfloat16:
         return 0.5 + 0.5 * jnp.tanh(0.5 * values)
     return 1.0 / (1.0 + jnp.exp(-values))
 
@@ -176,7 +176,7 @@ def load_ybar(plan: Plan, scr: Refs, slot: Any, m: int, steps: int, here: Array 
     if not plan.gate:
         return ybar
     z = keep(here, load_rows(plan, scr["z"].at[slot, m], steps))
-    return ybar * (z * sigmoid(plan, z))
+    return ybar * (z * sigmoid(plan.dtype, z))
 
 
 class Constants:
