@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from cmamba_jax.models import partition
 from pallas_kernels import causal_conv
+from pallas_kernels.causal_conv.xla import sum_taps
 
 
 def uniform_fan_in(key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Float[Array, "..."]:
@@ -118,18 +119,13 @@ def causal_depthwise_conv(
 ) -> tuple[Float[Array, "M B L D"], Float[Array, "M B W D"]]:
     """Causal convolution of each channel with K = W + 1 taps; the last tap of the kernel meets the present step.
 
-    Written as K shifted products, which XLA fuses into one pass; its depthwise convolutions are slower. In `reverse`
-    it reads the present and later steps.
+    In `reverse` it reads the present and later steps.
 
     Returns:
         The convolved sequence in x's dtype and the window that continues it.
     """
     taps, window = history(x, window, reset, reverse=reverse)
-    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-    total = bias[:, None, None]
-    for j, tap in enumerate(taps):
-        total = total + kernel[:, None, None, kernel.shape[1] - 1 - j] * tap
-    return total, window
+    return sum_taps(taps, kernel, bias), window
 
 
 def causal_conv_silu(

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import interpreted, is_interpreted, layout_cast, load
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.blocks import LANES
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Threads
 
 Array = jax.Array
@@ -115,11 +116,7 @@ def launch(
         # Neighbouring blocks read neighbouring channels, then neighbouring tiles.
         grid=(plan.M * plan.chunks * plan.groups,),
         grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=LANES,
         kernel_name=name,
         interpret=plan.interpret,
     )(*arrays.values())

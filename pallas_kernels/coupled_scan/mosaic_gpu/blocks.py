@@ -15,6 +15,10 @@ from pallas_kernels._compat import interpreted, is_interpreted, kernel_in_place
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import SHARED_MEMORY, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
 
+LANES = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
+"""How all kernels are compiled: as what each thread does, who waits for the others where they say so."""
 STAGES = 2
 FETCHED = ("x", "dt", "z", "dy", "B", "C", "flags")
 """What a tile can have."""
@@ -95,11 +99,7 @@ def launch(
         },
         grid=(plan.groups, plan.B, chunks),
         grid_names=("group", "sample", "chunk"),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=LANES,
         kernel_name=name,
         interpret=plan.interpret,
     )

@@ -244,11 +244,7 @@ def launch(
         grid_names=("block",),
         num_threads=2 * pairs,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=blocks.LANES,
         kernel_name=name,
         interpret=plan.interpret,
     )
