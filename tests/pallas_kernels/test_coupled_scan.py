@@ -248,10 +248,11 @@ def test_state_passes_untouched_where_every_modality_is_masked(scan_and_vjp, cou
         assert not jnp.any(leaf)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, coupling, garbage):
-    case = dataclasses.replace(SMALL, coupling=coupling)
+def test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, coupling, garbage, dtype):
+    case = dataclasses.replace(SMALL, coupling=coupling, dtype=dtype)
     inputs = make_inputs(case)
     bars = _cotangents(case)
     spoiled = {name: jnp.where(inputs["mask"][..., None], inputs[name], garbage) for name in ("x", "dt", "B", "C", "z")}

@@ -19,7 +19,6 @@ from pallas_kernels import UnsupportedError, choose_implementation, coupled_scan
 from pallas_kernels._compat import interpret_params
 from pallas_kernels.coupled_scan import api, mosaic_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
-from pallas_kernels.coupled_scan.mosaic_gpu import stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.types import Problem
 
@@ -68,6 +67,12 @@ def test_forward_and_every_gradient(case):
 
 
 @needs_ragged_copies
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_garbage_in_masked_places_leaks_nowhere(dtype):
+    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, "shared", jnp.nan, dtype)
+
+
+@needs_ragged_copies
 @pytest.mark.parametrize(("length", "segment"), [(53, 32), (39, 16)])  # the second: the last chunk lacks a segment
 @pytest.mark.parametrize(
     ("coupling", "dtype", "sizes"),
@@ -79,7 +84,7 @@ def test_forward_and_every_gradient(case):
     ],
 )
 def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, length, segment, monkeypatch):
-    monkeypatch.setattr(stretches, "SAVE", 16)
+    monkeypatch.setattr(Plan, "save", 16)
     monkeypatch.setattr(Plan, "chunks", property(lambda plan: 1 if plan.coupling == "full" else 2))
     monkeypatch.setattr(Plan, "segment_steps", lambda plan, chunk, multiple: segment)
     case = Case(B=1, L=length, D=3, coupling=coupling, dtype=dtype, **sizes, **EVERYTHING)
@@ -92,7 +97,7 @@ def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, length, s
 
 @needs_ragged_copies
 def test_a_batch_of_problems_whose_time_is_cut_into_segments(monkeypatch):
-    monkeypatch.setattr(stretches, "SAVE", 16)
+    monkeypatch.setattr(Plan, "save", 16)
     monkeypatch.setattr(Plan, "segment_steps", lambda plan, chunk, multiple: 16)
     inputs = make_inputs(Case(M=2, B=1, L=32, D=64, N=4))
     x = jnp.stack([inputs["x"], 2 * inputs["x"]])

@@ -4,13 +4,17 @@ Shapes and properties are drawn afresh in every run; CMAMBA_TEST_SEED repeats on
 """
 
 import functools
+import math
 import os
 import random
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import test_coupled_scan as suite
 
+from cmamba_jax.bench.tpu_compile import abstract_inputs
 from pallas_kernels import coupled_scan
 from pallas_kernels.coupled_scan import mosaic_gpu, triton_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
@@ -44,7 +48,7 @@ def draw(name, index):
             **{name: rng.random() < 0.6 for name in SWITCHES},
         )
         small = case.M * case.B * case.L * case.D * case.N < 3e7
-        if small and KERNELS[name].limits(Problem(**make_inputs(Case(**(vars(case) | {"L": 1}))))) is None:
+        if small and KERNELS[name].limits(Problem(**abstract_inputs(case))) is None:
             return case
 
 
@@ -103,11 +107,30 @@ def test_cases_like_those_of_the_benchmarks(name, case):
 def test_time_in_segments(case, chunks, monkeypatch):
     monkeypatch.setattr(Plan, "chunks", chunks)
     plan = Plan.of(Problem(**make_inputs(case)))
-    chunk = plan.chunk_steps(128)
-    assert plan.segment_steps(chunk, 128) < chunk
+    chunk = plan.chunk_steps(plan.save)
+    assert plan.segment_steps(chunk, plan.save) < chunk
     jax.clear_caches()
     suite.test_forward_and_every_gradient(functools.partial(scan_and_vjp, "mosaic_gpu"), case)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", USABLE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("coupling", ["shared", "full"])
+def test_garbage_in_masked_places_leaks_nowhere(coupling, dtype, name):
+    suite.test_garbage_in_masked_places_leaks_nowhere(functools.partial(scan_and_vjp, name), coupling, jnp.nan, dtype)
+
+
+@pytest.mark.parametrize("name", USABLE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_small_steps(dtype, name):
+    case = Case(M=3, B=2, L=70, D=64, N=16, **MEASURED | {"dtype": dtype})
+    inputs, bars = make_inputs(case), suite._cotangents(case)
+    inputs["dt_bias"] = jnp.full_like(inputs["dt_bias"], math.log(1e-3))
+    found = scan_and_vjp(name, inputs, *bars, **case.options)[1]
+    expected = suite._run_oracle(case, inputs)[2](*(np.asarray(bar, np.float64) for bar in bars))
+    for key in ("dt", "dt_bias"):
+        suite.assert_close(found[key], expected[key], suite.TOLERANCE[dtype][1], key)
 
 
 @pytest.mark.parametrize("name", USABLE)

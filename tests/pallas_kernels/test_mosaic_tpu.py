@@ -76,7 +76,7 @@ def test_several_blocks_of_channels_and_samples_of_a_part():
 @pytest.mark.parametrize("coupling", ["shared", "full"])
 def test_masked_steps_leave_no_trace(coupling):
     suite.test_state_passes_untouched_where_every_modality_is_masked(scan_and_vjp, coupling)
-    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, coupling, np.nan)
+    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, coupling, np.nan, "float32")
 
 
 @pytest.mark.parametrize("coupling", ["independent", "shared", "full"])

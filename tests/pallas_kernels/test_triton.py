@@ -122,7 +122,7 @@ def test_forward_and_every_gradient(case):
 @pytest.mark.parametrize("coupling", suite.COUPLINGS)
 def test_garbage_in_masked_places_leaks_nowhere(coupling, monkeypatch):
     monkeypatch.setattr(suite, "SMALL", dataclasses.replace(suite.SMALL, L=6))
-    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, coupling, np.nan)
+    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, coupling, np.nan, "float32")
 
 
 @needs_triton

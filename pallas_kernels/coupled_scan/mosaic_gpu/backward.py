@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import layout_cast
-from pallas_kernels.coupled_scan.mosaic_gpu import blocks, stretches, tensor, warp
+from pallas_kernels.coupled_scan.mosaic_gpu import blocks, channel_sums, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, THREADS, Plan, projection_layout
 from pallas_kernels.coupled_scan.mosaic_gpu.stretches import Stretches
-from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums
+from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums, load_rows, store_rows
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 LN2 = 0.6931471805599453
@@ -71,9 +71,10 @@ def run(
 
     Returns:
         "dx", "ddt", "dz" [M, B, rows, D]; for each channel group "dprojections" [groups, 2, M, B, L', slabs, SLAB] (B,
-        then C; of a segment of every chunk); for each chunk and sample "dA" and "dgain"
-        [chunks, B, M, slabs, SLAB, D'], "drows" [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full,
-        "dweights" [chunks, B, M, M, lanes, D'];
+        then C; of a segment of every chunk); for each chunk and sample "dA" and "dgain" [chunks, B, M, slabs, SLAB, D']
+        (on the tensor cores instead of "dgain" "dgain_parts" [chunks, B, groups, M, THREADS, 4], see
+        `channel_sums.sum_states`), "drows" [chunks, B, 2, M, part, D'] (skip and dt_bias) and, for Full, "dweights"
+        [chunks, B, M, M, lanes, D'];
         "dstate" [chunks, S, B, slabs, SLAB, D'], the adjoint that leaves a chunk at its start.
     """
     tiling = choose_tiling(plan)
@@ -113,25 +114,18 @@ def shapes(plan: Plan, chunk: int, segment: int, steps: int, part: int) -> dict[
         "dA": jax.ShapeDtypeStruct(parameters, F32),
         "drows": jax.ShapeDtypeStruct((chunks, plan.B, 2, plan.M, part, padded), F32),
         "dstate": jax.ShapeDtypeStruct((chunks, *state), F32),
-        "entries": jax.ShapeDtypeStruct((chunks, -(-min(stretches.SAVE, plan.L) // steps), *state), F32),
     }
+    if not plan.threads.tensor:
+        out["entries"] = jax.ShapeDtypeStruct((chunks, -(-min(plan.save, plan.L) // steps), *state), F32)
     if plan.gate:
         out["dz"] = large
-    if plan.coupling == "shared":
+    if plan.threads.tensor:
+        out["dgain_parts"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.groups, plan.M, THREADS, 4), F32)
+    elif plan.coupling == "shared":
         out["dgain"] = jax.ShapeDtypeStruct(parameters, F32)
     if plan.coupling == "full":
         out["dweights"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.M, plan.M, plan.threads.lanes, padded), F32)
     return out
-
-
-def store_rows(plan: Plan, ref: Any, rows: list, *, add: bool) -> None:
-    """The sums for skip and dt_bias; `add`: to those of the segments before."""
-    for m in range(plan.M):
-        for k, value in enumerate(rows[m]):
-            target = ref.at[k, m]
-            if add:
-                value = value + tl.load_rows(plan, target, value.shape[0])
-            tl.store(target, value)
 
 
 def choose_tiling(plan: Plan) -> tuple[int, int]:
@@ -224,7 +218,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
                 products_C.append(ybar[m] * read[m][i])
             flows.append(flow)
             results.append((d_exponent, d_u, y))
-            tensor.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
+            channel_sums.sum_channels(plan, products_B + products_C, scr["sums"].at[row, m])
         if plan.coupling == "full":
             for m in m_range:
                 for j in m_range:
@@ -262,7 +256,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
             d_dt = sums["d_exponent"] * LN2 + sums["d_u"] * x
             if plan.dt_softplus:
                 raw = tl.keep(here, columns_of("dt")) + tl.over_steps(plan, inp["dt_bias"].at[m, columns], part)
-                d_dt = d_dt * tl.sigmoid(plan.dtype, raw)
+                d_dt = d_dt * tl.softplus_slope(plan, raw, dt)
             d_dt = tl.keep(here, d_dt)
             d_x = sums["d_u"] * dt
             if plan.skip:
@@ -293,7 +287,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
                 target = out["dprojections"].at[lax.axis_index("group"), k, m, b, rows, slab]
                 tl.store(target, tl.total(pieces).astype(plan.dtype))
 
-    def begin(s: Any) -> list:
+    def begin(s: Any, _: tuple) -> list:
         lax.fori_loop(0, plan.slabs, lambda slab, _: order.note(0, slab, order.saved(s, slab)), None)
         return []
 
@@ -363,15 +357,15 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
         order.fetch(item + blocks.STAGES)
         return adjoint, sums, rows
 
-    zero_rows = layout_cast(jnp.zeros((part, threads.channels), F32), threads.over_steps(part))
-    rows = [(zero_rows, zero_rows) for _ in m_range]
     constants = None
     adjoints, resumed = inp.get("adjoint", out["dstate"]), "walked" in inp
+    row_sums = out["drows"].at[c, b, :, :, :, columns]
+    rows = load_rows(plan, row_sums, part, resumed=resumed)
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
         sums = Sums(plan, out, 0, columns)
         adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0], columns=columns)
-        carry = (adjoint, sums.zero(), rows)
+        carry = (adjoint, sums.load() if resumed else sums.zero(), rows)
     else:
 
         def start_slab(slab: Any, _: None) -> None:
@@ -387,7 +381,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
     adjoint, totals, rows = order.walk(begin, forward_item, backward_item, carry)
     if plan.slabs == 1:
         fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
-        sums.store(totals, add=resumed)
+        sums.store(totals)
     else:
 
         def end_slab(slab: Any, _: None) -> None:
@@ -395,5 +389,5 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
             fw.store_state(plan, out["dstate"].at[c, :, b, slab], adjoint, columns)
 
         lax.fori_loop(0, plan.slabs, end_slab, None)
-    store_rows(plan, out["drows"].at[c, b, :, :, :, columns], rows, add=resumed)
+    store_rows(row_sums, rows)
     plgpu.wait_smem_to_gmem(0)

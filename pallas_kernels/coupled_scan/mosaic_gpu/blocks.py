@@ -1,5 +1,6 @@
 """How a kernel is launched, a warpgroup a block, and how its blocks fetch their tiles."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -77,11 +78,19 @@ def launch(
         The outputs by name.
     """
     in_place = in_place or {}
+
+    def copies(names: Sequence[str]) -> int:
+        return sum(name in shared for name in names)
+
     names, shared = [*arrays, *in_place, *out], shared_memory(plan, *tiling)
     split = (plan.threads.lanes, plan.threads.rows)
     arrays = {k: reshape_states(v, k, split) for k, v in arrays.items()}
     types = {k: jax.ShapeDtypeStruct(split_states(v.shape, k, split), v.dtype) for k, v in out.items()}
-    barriers = {"arrived": FETCHED} | ({"rebuilt": REBUILT} if "history" in shared else {})
+    barriers = {"arrived": plgpu.Barrier(num_arrivals=copies(FETCHED), num_barriers=STAGES)}
+    if "adjoint" in arrays or "dstate" in in_place:  # the backward pass
+        barriers["rebuilt"] = plgpu.Barrier(num_arrivals=copies(REBUILT), num_barriers=STAGES)
+    if "saved" in shared:
+        barriers["entered"] = plgpu.Barrier()
 
     def kernel(*refs: Any, **scratch_refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
@@ -92,14 +101,11 @@ def launch(
     call = build(
         kernel,
         out_type=tuple(types.values()),
-        scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()}
-        | {
-            name: plgpu.Barrier(num_arrivals=sum(k in shared for k in copied), num_barriers=STAGES)
-            for name, copied in barriers.items()
-        },
+        scratch_types={k: plgpu.SMEM(v.shape, v.dtype) for k, v in shared.items()} | barriers,
         grid=(plan.groups, plan.B, chunks),
         grid_names=("group", "sample", "chunk"),
-        compiler_params=LANES,
+        # No sum here is over what several warps have: none needs shared memory.
+        compiler_params=dataclasses.replace(LANES, reduction_scratch_bytes=0),
         kernel_name=name,
         interpret=plan.interpret,
     )

@@ -31,7 +31,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
         "final": jax.ShapeDtypeStruct(state, F32),
     }
     if save:
-        out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
+        out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), plan.saved_dtype)
     return launch(plan, "coupled_scan_forward_tensor", _Forward, arrays, out, chunk, -(-plan.L // chunk), save)
 
 
@@ -46,7 +46,7 @@ class _Forward(Pair):
         result["y"] = result["u"]
         result["out"] = jax.ShapeDtypeStruct((pairs, plan.M, steps, plan.threads.channels), plan.dtype)
         if plan.readout == "per_modality":
-            result["BC"] = jax.ShapeDtypeStruct((pairs, 2, plan.M, steps), F32)
+            result["BC"] = jax.ShapeDtypeStruct((pairs, 2, steps, plan.M), F32)
         if plan.gate:
             result["z"] = result["x"]
         return result
@@ -60,7 +60,7 @@ class _Forward(Pair):
             if "BC" not in scr:
                 return y
             u = tl.load_rows(plan, scr["u"].at[:, m, cut], steps)
-            return y + u * tl.over_channels(plan, scr["BC"].at[m], steps)
+            return y + u * tl.over_channels(plan, scr["BC"].at[:, m], steps)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and for the other warps
         fw.finish_steps(plan, self.inp, scr, self.columns, lax.rem(n, STAGES), steps, read)
@@ -79,7 +79,8 @@ class _Forward(Pair):
 
                 @pl.when(lax.rem(start, self.save) == 0)
                 def _() -> None:
-                    fw.store_state(plan, self.out["saved"].at[start // self.save, :, b, 0], state, self.columns)
+                    saved = tl.map_state(lambda v: v.astype(plan.saved_dtype), state)
+                    fw.store_state(plan, self.out["saved"].at[start // self.save, :, b, 0], saved, self.columns)
 
             return self.scan_tile(n, constants, state)
 

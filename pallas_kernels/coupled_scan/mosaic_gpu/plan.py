@@ -169,6 +169,25 @@ class Plan:
         return self.coupling == "shared" and self.dtype == jnp.bfloat16 and self.slabs == 1 and self.M <= 4
 
     @property
+    def tensor_backward(self) -> bool:
+        """Whether the backward pass has a kernel on the tensor cores, which needs the gate."""
+        return self.tensor and self.gate
+
+    @property
+    def save(self) -> int:
+        """Steps between the states that the forward pass saves for the backward pass.
+
+        L / save of them are kept. On the tensor cores they are bfloat16, and the backward pass notes save / 2 in shared
+        memory; else float32, save / 8 noted in device memory, the sum of which is least near sqrt(8 L).
+        """
+        return 32 if self.tensor_backward else 128
+
+    @property
+    def saved_dtype(self) -> Any:
+        """Of the saved states."""
+        return self.dtype if self.tensor_backward else F32
+
+    @property
     def rows(self) -> int:
         """Steps of y, dx, ddt and dz in device memory.
 
@@ -224,8 +243,8 @@ class Plan:
         return dataclasses.replace(self, threads=NARROW_TENSOR if self.tensor else NARROW)
 
     def backward(self) -> "Plan":
-        """The plan of the backward pass, whose kernel on the tensor cores needs the gate."""
-        return dataclasses.replace(self, threads=TENSOR) if self.tensor and self.gate else self
+        """The plan of the backward pass."""
+        return dataclasses.replace(self, threads=TENSOR) if self.tensor_backward else self
 
     def segment_steps(self, chunk: int, multiple: int) -> int:
         """Steps of a chunk that one launch of the backward pass takes (see `segments`): all, or a multiple.

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, blocks, stretches
+from pallas_kernels.coupled_scan.mosaic_gpu import backward, backward_tensor, blocks
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
 
 Arrays = dict[str, jax.Array]
-SUMS = ("dA", "dgain", "dweights", "drows")
+SUMS = ("dA", "dgain", "dgain_parts", "dweights", "drows")
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "chunk"))
@@ -31,7 +31,7 @@ def run(plan: Plan, arrays: Arrays, chunk: int) -> Arrays:
     Returns:
         What `backward.run` returns, with "dB" and "dC" [M, B, L', slabs, SLAB] in place of "dprojections".
     """
-    segment = plan.segment_steps(chunk, stretches.SAVE)
+    segment = plan.segment_steps(chunk, plan.save)
     if segment == chunk:
         out = _kernel(plan).run(plan, arrays, chunk, chunk)
         return out | {name: _sum_groups(plan, out["dprojections"][:, k]) for k, name in enumerate(("dB", "dC"))}

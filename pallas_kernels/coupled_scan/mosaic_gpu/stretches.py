@@ -1,8 +1,8 @@
 """The order in which the backward kernels walk the tiles of a chunk, and the states that enter them.
 
-The forward pass saved the state entering every SAVE steps. Such a stretch is walked once forwards, and the states
-entering its tiles are noted (in device memory, where the level-2 cache keeps them); then its tiles are walked
-backwards. The last stretch comes first.
+The forward pass saved the state entering every `Plan.save` steps. Such a stretch is walked once forwards, and the
+states entering its tiles are noted (in device memory, where the level-2 cache keeps them; on the tensor cores in shared
+memory those entering every other step); then its tiles are walked backwards. The last stretch comes first.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,6 @@ from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
-SAVE = 128
-"""Steps between saved states. L / SAVE of them are kept, and SAVE / 8 noted: least together near SAVE = sqrt(8 L)."""
-
 
 class Stretches:
     """The work of a block in order, counted in items: for each stretch its tiles but the last forwards, then all back.
@@ -31,7 +28,7 @@ class Stretches:
         chunk: steps of a chunk.
         segment: steps of the part of it that is walked: all, or the last part but `inp["walked"]`, see `segments`.
         inp: the inputs, "saved" among them.
-        out: the outputs, "entries" among them.
+        out: the outputs, "entries" among them where `note` and `entry` are used.
         scr: the shared memory.
 
     Attributes:
@@ -48,7 +45,7 @@ class Stretches:
         self.first, self.row = self.c * chunk + before, self.c * segment
         self.length = jnp.clip(jnp.minimum(chunk - before, plan.L - self.first), 0, segment)
         tiles = (self.length + steps - 1) // steps
-        self.tiles = SAVE // steps  # of a stretch
+        self.tiles = plan.save // steps  # of a stretch
         self.stretches = (tiles + self.tiles - 1) // self.tiles
         self.last_tiles = tiles - (self.stretches - 1) * self.tiles
         self.last_items, self.full_items = 2 * self.last_tiles - 1, 2 * self.tiles - 1
@@ -67,6 +64,14 @@ class Stretches:
         pl.when(jnp.logical_and(exists, forwards))(lambda: start("rebuilt", blocks.REBUILT))
         pl.when(jnp.logical_and(exists, jnp.logical_not(forwards)))(lambda: start("arrived", blocks.FETCHED))
 
+    def fetch_saved(self, s: Any) -> None:
+        """Starts the copy of the state entering stretch s, if there is one, to the shared memory."""
+
+        @pl.when(s >= 0)
+        def _() -> None:
+            saved = self.inp["saved"].at[self.start(s, 0) // self.plan.save, self.b, :, :, self.columns]
+            plgpu.copy_gmem_to_smem(saved, self.scr["saved"], self.scr["entered"])
+
     def await_tile(self, item: Any, *, forwards: bool) -> Any:
         """Waits for an item's tile; returns its slot."""
         slot = lax.rem(item, blocks.STAGES)
@@ -83,6 +88,10 @@ class Stretches:
         forwards = within < count - 1
         return s, jnp.where(forwards, within, 2 * (count - 1) - within), forwards
 
+    def is_last(self, s: Any, k: Any) -> Any:
+        """Whether tile k is the last one of stretch s, which is walked backwards first."""
+        return k == jnp.where(s == self.stretches - 1, self.last_tiles, self.tiles) - 1
+
     def start(self, s: Any, k: Any) -> Any:
         """First step of tile k of stretch s."""
         return self.first + (s * self.tiles + k) * self.steps
@@ -94,7 +103,7 @@ class Stretches:
 
     def saved(self, s: Any, slab: Any) -> State:
         """The state entering stretch s."""
-        saved = self.inp["saved"].at[self.start(s, 0) // SAVE, :, self.b, slab]
+        saved = self.inp["saved"].at[self.start(s, 0) // self.plan.save, :, self.b, slab]
         return fw.load_state(self.plan, saved, columns=self.columns)
 
     def entry(self, k: Any, slab: Any) -> State:
@@ -107,7 +116,7 @@ class Stretches:
 
     def walk(
         self,
-        begin: Callable[[Any], Any],
+        begin: Callable[[Any, Any], Any],
         forwards: Callable[[Any, Any, Any], Any],
         backwards: Callable[[Any, Any, Any, Any], Any],
         carry: Any,
@@ -115,7 +124,7 @@ class Stretches:
         """What is left of `carry` after all items.
 
         Args:
-            begin: `state = begin(s)` for stretch s.
+            begin: `state = begin(s, carry)` for stretch s.
             forwards: `state = forwards(k, item, state)` for tile k of it.
             backwards: `carry = backwards(s, k, item, carry)`.
             carry: before the first item.
@@ -125,7 +134,7 @@ class Stretches:
             s = self.stretches - 1 - j
             count = jnp.where(j == 0, self.last_tiles, self.tiles)
             item = jnp.where(j == 0, 0, self.last_items + (j - 1) * self.full_items)
-            lax.fori_loop(0, count - 1, lambda k, state: forwards(k, item + k, state), begin(s))
+            lax.fori_loop(0, count - 1, lambda k, state: forwards(k, item + k, state), begin(s, carry))
             return lax.fori_loop(
                 0, count, lambda k, carry: backwards(s, count - 1 - k, item + count - 1 + k, carry), carry
             )

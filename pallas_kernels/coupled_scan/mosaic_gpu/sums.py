@@ -2,17 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
-from pallas_kernels.coupled_scan.mosaic_gpu import warp
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs
-
-Array = jax.Array
 
 
 class Sums:
@@ -29,7 +25,7 @@ class Sums:
 
     def __init__(self, plan: Plan, out: Refs, slab: Any, columns: Any):
         b, c = lax.axis_index("sample"), lax.axis_index("chunk")
-        self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" else [])
+        self.names = ["dA"] + (["dgain"] if plan.coupling == "shared" and not plan.threads.tensor else [])
         self.plan, self.columns = plan, columns
         self.refs = {name: out[name].at[c, b, :, slab] for name in self.names}
         self.weights = out["dweights"].at[c, b] if plan.coupling == "full" else None
@@ -53,10 +49,8 @@ class Sums:
             sums["dweights"] = [[tl.load(self.weights.at[j, k, :, self.columns], layout) for k in m] for j in m]
         return sums
 
-    def store(self, sums: dict[str, Any], *, add: bool = False) -> None:
-        """The inverse of `load`; `add`: to what is stored."""
-        if add:
-            sums = jax.tree.map(jnp.add, sums, self.load())
+    def store(self, sums: dict[str, Any]) -> None:
+        """The inverse of `load`."""
         for name in self.names:
             for j, rows in enumerate(sums[name]):
                 for i, value in enumerate(rows):
@@ -66,42 +60,16 @@ class Sums:
                 tl.store(self.weights.at[j, k, :, self.columns], value)
 
 
-def add_pairs(plan: Plan, sums: list[Array], values: list[Array]) -> list[Array]:
-    """Adds the values of each thread's two channels: `rows` arrays to half as many, two states in each."""
-    threads = plan.threads
-    if plan.interpret:
-        pairs = [jnp.sum(v.reshape(threads.lanes, -1, 2), axis=2) for v in values]
-        packed = [jnp.stack(pairs[k : k + 2], axis=2).reshape(threads.shape) for k in range(0, threads.rows, 2)]
-        return [a + v for a, v in zip(sums, packed, strict=True)]
-    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
-    half = threads.rows // 2
-
-    @plgpu.inline_mgpu(arg_types=[threads.layout] * (half + threads.rows), return_type=[like] * half)
-    def add(ctx: Any, *arrays: Any) -> list[Any]:
-        del ctx
-        arith = warp.dialects()[1]
-        before, added = ([warp.values(v) for v in part] for part in (arrays[:half], arrays[half:]))
-        pairs = [arith.addf(*v) for v in added]
-        return [
-            warp.array(threads, [arith.addf(before[k][j], pairs[2 * k + j]) for j in range(2)]) for k in range(half)
-        ]
-
-    return list(add(*sums, *values))
+def load_rows(plan: Plan, ref: Any, part: int, *, resumed: bool) -> list:
+    """The sums for skip and dt_bias, `part` rows of each for every modality: of the segments before, or zero."""
+    if resumed:
+        return [tuple(tl.load_rows(plan, ref.at[k, m], part) for k in range(2)) for m in range(plan.M)]
+    zero = layout_cast(jnp.zeros((part, plan.threads.channels), F32), plan.threads.over_steps(part))
+    return [(zero, zero) for _ in range(plan.M)]
 
 
-def split_pairs(plan: Plan, sums: list[Array]) -> list[Array]:
-    """`rows` arrays from what `add_pairs` added up; every other channel is zero."""
-    threads = plan.threads
-    if plan.interpret:
-        pairs = [v.reshape(threads.lanes, -1, 2)[:, :, j] for v in sums for j in range(2)]
-        return [jnp.stack([v, jnp.zeros_like(v)], axis=2).reshape(threads.shape) for v in pairs]
-    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
-
-    @plgpu.inline_mgpu(arg_types=[threads.layout] * len(sums), return_type=[like] * threads.rows)
-    def split(ctx: Any, *arrays: Any) -> list[Any]:
-        del ctx
-        numbers = [v for array in arrays for v in warp.values(array)]
-        zero = warp.dialects()[1].constant(numbers[0].type, 0.0)
-        return [warp.array(threads, [v, zero]) for v in numbers]
-
-    return list(split(*sums))
+def store_rows(ref: Any, rows: list) -> None:
+    """The inverse of `load_rows`."""
+    for m, values in enumerate(rows):
+        for k, value in enumerate(values):
+            tl.store(ref.at[k, m], value)

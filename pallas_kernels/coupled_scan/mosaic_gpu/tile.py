@@ -78,7 +78,7 @@ def over_channels(plan: Plan, ref: Any, steps: int) -> Array:
 def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, steps: int, *, C: bool = True) -> None:
     """B and, if asked for, C of a slab as float32 [steps, 2, M, SLAB]; zero where masked, whatever they hold.
 
-    With C also SUM_n B_n C_n of the slab, [M, steps], where there is room for "BC".
+    With C also SUM_n B_n C_n of the slab, [steps, M], where there is room for "BC".
     """
     layout = projection_layout(steps)
     names = [(k, name) for k, name in enumerate("BC" if C else "B") if name in inp]
@@ -96,7 +96,7 @@ def convert_projections(plan: Plan, inp: Refs, scr: Refs, slot: Any, slab: Any, 
         for (k, _), value in zip(names, values, strict=True):
             store(scr["projections"].at[:, k, m], value)
     for m, value in enumerate(both):
-        store(scr["BC"].at[m], value)
+        store(scr["BC"].at[:, m], value)
 
 
 def clear_factors(plan: Plan, scr: Refs, steps: int) -> None:
@@ -146,6 +146,13 @@ def sigmoid(dtype: Any, values: Array) -> Array:
     if dtype == jnp.bfloat16:
         return 0.5 + 0.5 * jnp.tanh(0.5 * values)
     return 1.0 / (1.0 + jnp.exp(-values))
+
+
+def softplus_slope(plan: Plan, raw: Array, dt: Array) -> Array:
+    """The derivative of softplus at `raw`, where it is dt: 1 - exp(-dt), which for small steps `sigmoid` is not."""
+    if plan.dtype == jnp.bfloat16:
+        return 1.0 - jnp.exp(-dt)
+    return sigmoid(plan.dtype, raw)
 
 
 def step_size(plan: Plan, raw: Array, bias: Array, present: Array | None) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.coupled_scan.mosaic_gpu import chunks, forward, forward_tensor, segments, stretches
+from pallas_kernels.coupled_scan.mosaic_gpu import channel_sums, chunks, forward, forward_tensor, segments
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, LOG2E, SLAB, Plan, pad_axis
 from pallas_kernels.coupled_scan.types import Full, Problem, ScanOutput, Shared
 
@@ -26,10 +26,10 @@ def scan(interpret: Any, p: Problem) -> ScanOutput:
 def _forward(interpret: Any, p: Problem, *, save: bool) -> tuple[ScanOutput, dict[str, Array]]:
     plan, arrays = prepare(interpret, p)
     plan = plan.forward()
-    chunk = plan.chunk_steps(stretches.SAVE)
+    chunk = plan.chunk_steps(plan.save)
     arrays["state"] = chunks.entering(plan, arrays, chunk)
     run = forward_tensor.run if plan.threads.tensor else forward.run
-    out = run(plan, arrays, chunk, stretches.SAVE if save else None)
+    out = run(plan, arrays, chunk, plan.save if save else None)
     final = unpack_state(p, out["final"])
     y = out["y"][:, :, : plan.L, : p.x.shape[-1]].astype(p.x.dtype)
     return ScanOutput(y=y, final_state=final), {k: out[k] for k in out if k == "saved"}
@@ -43,7 +43,7 @@ def _forward_rule(interpret: Any, p: Problem) -> tuple[ScanOutput, tuple[Problem
 def _backward_rule(interpret: Any, kept: tuple[Problem, dict[str, Array]], bar: ScanOutput) -> tuple[Problem]:
     p, saved = kept
     plan, arrays = prepare(interpret, p)
-    chunk = plan.chunk_steps(stretches.SAVE)
+    chunk = plan.chunk_steps(plan.save)
     del arrays["state"]
     arrays["dy"] = pad_axis(bar.y.astype(plan.dtype), 3, plan.D)
     final = pack_state(plan, p, bar.final_state.astype(F32))
@@ -141,7 +141,10 @@ def gradients(plan: Plan, p: Problem, out: dict[str, Array]) -> Problem:
     rows = jnp.sum(out["drows"], axis=(0, 1, 4))[..., :d]
     coupling = p.coupling
     if isinstance(coupling, Shared):
-        gain = jnp.sum(unpack_states(jnp.sum(out["dgain"], axis=(0, 1)), d, n), axis=1)
+        if "dgain_parts" in out:
+            gain = channel_sums.sum_states(jnp.sum(out["dgain_parts"], axis=(0, 1, 2)))[..., :n]
+        else:
+            gain = jnp.sum(unpack_states(jnp.sum(out["dgain"], axis=(0, 1)), d, n), axis=1)
         coupling = Shared(gain.astype(coupling.log_gain.dtype))
     if isinstance(coupling, Full):
         coupling = Full(jnp.sum(out["dweights"], axis=(0, 1, 4, 5)).astype(coupling.weights.dtype))

@@ -19,10 +19,11 @@ Array = jax.Array
 
 
 def save_thread(plan: Plan, ref: Any, state: list[Array]) -> None:
-    """Stores a state so that each thread finds its own values again, [rows * vector / 4, THREADS, 4]."""
+    """Stores a state so that each thread finds its own values again, [rows * vector / 4, THREADS, 4] of 32 bits."""
     rows, vector = plan.threads.rows, plan.threads.vector
     if plan.interpret:
-        ref[...] = jnp.stack(state).reshape(rows // 4, 4, -1).transpose(0, 2, 1).reshape(ref.shape)
+        stacked = jnp.stack(state).reshape(rows // 4, 4, -1).transpose(0, 2, 1).reshape(ref.shape)
+        ref[...] = lax.bitcast_convert_type(stacked, ref.dtype)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plan.threads.layout] * rows))
@@ -40,7 +41,7 @@ def load_thread(plan: Plan, ref: Any) -> list[Array]:
     """The inverse of `save_thread`."""
     threads = plan.threads
     if plan.interpret:
-        stored = ref[...].reshape(threads.rows // 4, -1, 4).transpose(0, 2, 1)
+        stored = lax.bitcast_convert_type(ref[...], F32).reshape(threads.rows // 4, -1, 4).transpose(0, 2, 1)
         return list(stored.reshape(threads.rows, *threads.shape))
     like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
 
@@ -54,6 +55,75 @@ def load_thread(plan: Plan, ref: Any) -> list[Array]:
         return [array(threads, list(elements)) for elements in zip(*columns, strict=True)]
 
     return list(read(ref))
+
+
+def save_rounded(plan: Plan, ref: Any, state: list[Array]) -> None:
+    """Stores a state of eight values a thread, rounded to bfloat16, as words [THREADS, 4], each thread its own."""
+    if plan.interpret:
+        pairs = jnp.stack(state).reshape(4, 2, -1).transpose(2, 0, 1).astype(jnp.bfloat16)
+        ref[...] = lax.bitcast_convert_type(pairs.reshape(*ref.shape, 2), jnp.int32)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plan.threads.layout] * len(state)))
+    def write(ctx: Any, target: Any, *arrays: Any) -> None:
+        del ctx
+        numbers = [v for row in arrays for v in values(row)]
+        words = [pack(*numbers[k : k + 2]) for k in range(0, len(numbers), 2)]
+        store_vector(target, [thread(), constant(0)], words)
+
+    write(ref, *state)
+
+
+def save_words(plan: Plan, ref: Any, words: list[Array]) -> None:
+    """Stores two arrays [lanes, channels], four words of each thread, as [THREADS, 4]."""
+    if plan.interpret:
+        ref[...] = lax.bitcast_convert_type(jnp.concatenate([v.reshape(-1, 2) for v in words], axis=1), ref.dtype)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plan.threads.layout] * 2))
+    def write(ctx: Any, target: Any, *arrays: Any) -> None:
+        del ctx
+        store_vector(target, [thread(), constant(0)], [*values(arrays[0]), *values(arrays[1])])
+
+    write(ref, *words)
+
+
+def load_words(plan: Plan, ref: Any) -> list[Array]:
+    """The inverse of `save_words`."""
+    threads = plan.threads
+    if plan.interpret:
+        words = lax.bitcast_convert_type(ref[...], F32)
+        return [words[:, k : k + 2].reshape(threads.shape) for k in (0, 2)]
+    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[like] * 2)
+    def read(ctx: Any, source: Any) -> list[Any]:
+        del ctx
+        words = load_vector(source, [thread(), constant(0)])
+        return [array(threads, words[k : k + 2]) for k in (0, 2)]
+
+    return list(read(ref))
+
+
+def unpack_words(plan: Plan, words: list[Array]) -> list[Array]:
+    """A state from what `load_words` loads of what `save_rounded` stored."""
+    threads = plan.threads
+    if plan.interpret:
+        pairs = lax.bitcast_convert_type(jnp.concatenate([v.reshape(-1, 2) for v in words], axis=1), jnp.bfloat16)
+        return list(pairs.astype(F32).transpose(1, 2, 0).reshape(-1, *threads.shape))
+    like = plgpu.ShapeDtypeStruct(threads.shape, F32, layout=threads.layout)
+
+    @plgpu.inline_mgpu(arg_types=[threads.layout] * 2, return_type=[like] * 4)
+    def unpack(ctx: Any, *arrays: Any) -> list[Any]:
+        del ctx
+        ir, arith, _, _ = dialects()
+        i32 = ir.IntegerType.get_signless(32)
+        rows = []
+        for word in (arith.bitcast(i32, v) for v in (*values(arrays[0]), *values(arrays[1]))):
+            rows.append(array(threads, [arith.shli(word, constant(16)), arith.andi(word, constant(-65536))]))
+        return rows
+
+    return list(unpack(*words))
 
 
 def load_projection(plan: Plan, ref: Any) -> list[Array]:
@@ -134,12 +204,20 @@ def element(values: Any, k: int) -> Any:
     return vector.extract(values, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([k]))
 
 
+def pack(low: Any, high: Any) -> Any:
+    """Two float32 as a word of two bfloat16."""
+    ir, _, llvm, _ = dialects()
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", has_side_effects=False)
+
+
 def array(threads: Threads, values: list[Any]) -> Any:
     """An array [lanes, channels] of which this thread has `values`."""
-    ir, _, _, vector = dialects()
-    layout = threads.layout.to_mgpu()
+    ir, arith, _, vector = dialects()
+    f32, layout = ir.F32Type.get(), threads.layout.to_mgpu()
+    values = [v if v.type == f32 else arith.bitcast(f32, v) for v in values]
     registers = np.empty(layout.registers_shape(threads.shape), dtype=object)
-    registers[...] = vector.from_elements(ir.VectorType.get((threads.vector,), ir.F32Type.get()), values)
+    registers[...] = vector.from_elements(ir.VectorType.get((threads.vector,), f32), values)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
@@ -150,14 +228,25 @@ def values(array: Any) -> list[Any]:
 
 
 def load_vector(source: Any, position: list[Any], count: int = 4) -> list[Any]:
-    """Neighbouring numbers at a position of a reference, by one instruction."""
+    """Neighbouring numbers (or words) at a position of a reference, by one instruction."""
     ir, _, _, vector = dialects()
-    row = vector.load(ir.VectorType.get((count,), ir.F32Type.get()), source, [index(p) for p in position])
+    kind = ir.MemRefType(source.type).element_type
+    row = vector.load(ir.VectorType.get((count,), kind), source, [index(p) for p in position])
     return [element(row, k) for k in range(count)]
+
+
+def load_pairs(source: Any, position: list[Any]) -> list[Any]:
+    """Four neighbouring bfloat16 at a position of a reference, as two words."""
+    ir, _, _, vector = dialects()
+    row = vector.load(ir.VectorType.get((4,), ir.BF16Type.get()), source, [index(p) for p in position])
+    words = vector.bitcast(ir.VectorType.get((2,), ir.IntegerType.get_signless(32)), row)
+    return [element(words, k) for k in range(2)]
 
 
 def store_vector(target: Any, position: list[Any], values: list[Any]) -> None:
     """The inverse of `load_vector`."""
-    ir, _, _, vector = dialects()
-    row = vector.from_elements(ir.VectorType.get((len(values),), ir.F32Type.get()), values)
+    ir, arith, _, vector = dialects()
+    kind = ir.MemRefType(target.type).element_type
+    values = [v if v.type == kind else arith.bitcast(kind, v) for v in values]
+    row = vector.from_elements(ir.VectorType.get((len(values),), kind), values)
     vector.store(row, target, [index(p) for p in position])
