@@ -96,6 +96,16 @@ def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, length, s
 
 
 @needs_ragged_copies
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_that_only_fill_a_slab_up_do_not_overflow(dtype, monkeypatch):
+    monkeypatch.setattr(Plan, "chunks", 2)
+    case = Case(M=3, B=1, L=300, D=8, N=4, dtype=dtype, gate=True)  # 3 ** 150 is beyond float32
+    jax.clear_caches()
+    suite.test_forward_and_every_gradient(scan_and_vjp, case)
+    jax.clear_caches()
+
+
+@needs_ragged_copies
 def test_a_batch_of_problems_whose_time_is_cut_into_segments(monkeypatch):
     monkeypatch.setattr(Plan, "save", 16)
     monkeypatch.setattr(Plan, "segment_steps", lambda plan, chunk, multiple: 16)

@@ -85,6 +85,8 @@ MEASURED_CASES = [
     Case(M=2, B=3, L=141, D=64, N=16, mask=True, **MEASURED),
     Case(M=1, B=3, L=141, D=64, N=16, **MEASURED),
     Case(M=3, B=2, L=150, D=128, N=16, dtype="bfloat16", dt_softplus=False),
+    # Chunks of time with states that do not fill a slab.
+    Case(M=3, B=1, L=900, D=40, N=4, **MEASURED),
 ]
 
 

@@ -86,7 +86,9 @@ def prepare(interpret: Any, p: Problem) -> tuple[Plan, dict[str, Array]]:
     if plan.skip:
         arrays["skip"] = row(p.D)
     if isinstance(p.coupling, Shared):
-        gain = pad_axis(p.coupling.log_gain.astype(F32) * LOG2E, 1, states)
+        # States that only fill a slab up have gain zero: the product of SUM_m g_m = M over many steps would overflow.
+        missing = jnp.full((plan.M, states - p.A.shape[-1]), -1000.0, F32)
+        gain = jnp.concatenate([p.coupling.log_gain.astype(F32) * LOG2E, missing], axis=1)
         arrays["gain"] = gain.reshape(plan.M, plan.slabs, SLAB)
     if isinstance(p.coupling, Full):
         arrays["weights"] = p.coupling.weights.astype(F32)
