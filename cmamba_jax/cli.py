@@ -46,7 +46,7 @@ commands:
                                                 cost of a training step, seeds together, training over more and more
                                                 devices, live streams; figures of the TPU compiler; each leaves a
                                                 record for `cmamba results`
-  doctor                                        versions, devices, and a check of every scan implementation here
+  doctor                                        versions, devices, and a check of every implementation here
 
 CONFIG is a Python file with a function config() -> ExperimentConfig, such as configs/watch.py.
 `cmamba train CONFIG --help` lists every field; `cmamba eval --help` and the like explain the other commands.

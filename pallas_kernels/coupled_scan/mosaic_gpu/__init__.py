@@ -4,7 +4,9 @@ vjp.py             problem -> arrays of the kernels -> results; the derivative r
 plan.py            sizes, layouts over the threads, and the rules that cut time into chunks and choose a forward kernel
 tile.py            what the kernels do alike: loads, elementwise maths, one step
 warp.py            the same below Pallas: vectors of a thread, and what they are built of
-tensor.py          products and sums on the tensor cores
+mma.py             the tensor cores' instruction
+tensor.py          products by it
+channel_sums.py    sums over channels by it
 blocks.py          how a kernel is launched, and how its blocks fetch their tiles
 forward.py         the forward kernel
 forward_tensor.py  the forward kernel on the tensor cores: the paper's case in bfloat16
@@ -36,17 +38,22 @@ for each m; u_m SUM_n B_mn C_mn is added where y is gated. Left are 4 instructio
 all instead of 165 for 24 of them. Factors have 11 bits: B and C are exact in them, u is rounded, g a H is cut off.
 A pair of warpgroups shares the work: one only scans, the other prepares and finishes tiles (`pairs`); two pairs make
 a block, so that registers can be moved to those that scan.
-Backwards (gated only) a warpgroup does everything: 323 instructions a thread and step for the adjoint instead of 456,
-86 instead of 138 to find the next state again. The sums over channels for dB and dC are products in bfloat16 whose
-factors are turned by `movmatrix`, since the states lie where the tensor cores want what they add up.
+Backwards (gated only) a warpgroup does everything, two steps at a time. Of the states only those entering every other
+step are noted, as bfloat16 in shared memory; the one between is found again from the decays of the first step, which
+are kept for when its turn comes, and are computed while the step after it is walked. So a decay is computed twice, once
+forwards and once backwards. The adjoint takes 318 instructions a thread and step instead of 456, finding the next state
+again 85 instead of 138. The sums over channels for dB and dC are products in bfloat16 whose factors are turned by
+`movmatrix`, since the states lie where the tensor cores want what they add up; those for d(log g) are products with the
+unit matrix, which add a thread's channels to running sums.
 
 **Where things live.** Registers: the states, A and log g of the thread, in the backward pass also the running sums of
 dA and d(log g). Shared memory: tiles in flight, the tile's dt, dt x, B and C, halves of y; backwards the state entering
-each step of a tile and the partial sums of dx, ddt and y. Device memory: arguments and results, the state entering
-every 128 steps (saved by the forward pass), that entering each tile of the stretch at hand (written and read again by
-the backward pass), and sums of dB and dC for each group of 64 channels. Those would be 17% of the inputs at S2, so that
-the backward pass is launched for up to eight segments of time, the last one first, and adds the groups' sums up after
-each (`segments`): 9% extra memory in all instead of 23%, and 0.1 ms more. Everything else is written in place, and the
+each step of a tile (on the tensor cores every other step of 32) and the partial sums of dx, ddt and y. Device memory:
+arguments and results, the state entering every 128 steps (saved by the forward pass; on the tensor cores every 32, as
+bfloat16), without tensor cores that entering each tile of the stretch at hand (written and read again by the backward
+pass), and sums of dB and dC for each group of 64 channels. Those would be 17% of the inputs at S2, so that the backward
+pass is launched for up to eight segments of time, the last one first, and adds the groups' sums up after each
+(`segments`): 9% extra memory in all instead of 23%, and 0.1 ms more. Everything else is written in place, and the
 adjoint handed on. Nothing of size L x D x N, no atomic operation.
 
 **Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
@@ -85,22 +92,28 @@ Backward without tensor cores (`backward`), 3.5: 456 instructions a thread and s
 - Sums of dB and dC over clusters of 2 blocks +7%, of 4 blocks +70% (they do not all fit onto the chip at once).
 - log g in shared memory, or two steps an iteration: no difference.
 
-Backward on the tensor cores (`backward_tensor`), 2.8: about 670 instructions a thread and step. The walk backwards has
-half of them and 37% of the time, the walks forwards take 34% (96 of their 343 instructions are the special-function
-unit's, 8 cycles each), what is done once a channel and step 25%.
+Backward on the tensor cores (`backward_tensor`), 2.5: about 570 instructions a thread and step. A multiprocessor has
+two warps a scheduler, which issues one in two cycles. The walk backwards has 56% of the instructions and about 45% of
+the time, the walk forwards 14% and 16% (96 of its 357 instructions are the special-function unit's, 8 cycles each),
+what is done once a channel and step 28% and a third. Forward + backward at S2 (3.5 before the first of these):
 
-- One warpgroup walks backwards, another finds states, prepares and finishes: 3.8. The second one is the slower.
-- One warpgroup walks, another prepares and finishes: not run, 1059 instructions (tiles of 4 steps are all that fits).
-- Two warpgroups with 32 channels each, 4 warps a scheduler: 3.9. 902 instructions; 128 registers are too few.
-- One block a multiprocessor, for want of 1 kB of shared memory: 4.1.
-- dt_bias and skip loaded before waiting, the next tile fetched after the walk has begun: 3.1 to 3.0 (kept).
-- Two steps an iteration: 323 instructions instead of 347 and fewer stalls, 2% (kept); four do not fit into registers.
-- dt_bias kept from one tile's end for the next one's beginning, B and C loaded for all modalities before the first is
-  stored, no waiting for device memory at barriers, copies shared by the warps: 3.0 to 2.8 (kept).
+- States of every other step noted, but in device memory: 3.5. A quarter of the instructions of finding states is
+  gone, the loads are waited for.
+- The same in shared memory: 3.33. For that the forward pass saves states four times as often, as bfloat16; and not a
+  kilobyte more fits if two blocks shall share a multiprocessor: with 2 kB more it takes 4.1.
+- d(log g), B times the adjoint and the sums for skip and dt_bias in fewer instructions and registers: 3.26.
+- Decays of a pair's first step computed while the pair before is walked: 3.23, though those of a tile's first pair are
+  computed once too often. Without that, by a branch 3.43, by a copy of the code 3.37; the second step's as well 3.52.
+- Something that keeps the compiler from computing a step's powers of two at once: 3.29. Two of 24 of them by a
+  polynomial in the walks forwards: 3.21, six not run.
+- One warpgroup walks backwards, another finds states, prepares and finishes: backward pass 3.8 instead of 3.0. One
+  walks, another prepares and finishes: not run, 1059 instructions (tiles of 4 steps are all that fits). Two with 32
+  channels each, 4 warps a scheduler: 3.9, 128 registers are too few.
+- dt_bias and skip loaded before waiting, the next tile fetched after the walk has begun: 3.1 to 3.0 (kept). dt_bias
+  kept from one tile's end for the next one's beginning, B and C loaded for all modalities before the first is stored,
+  no waiting for device memory at barriers, copies shared by the warps: 3.0 to 2.8 (kept).
 - The second block of a multiprocessor started 2 to 60 microseconds later, to mix its phases: no difference.
-- ybar as the other factor of dC instead of multiplied before: 307 instructions, but their `movmatrix` waits are longer.
-- States saved every 16 (8) steps instead of 128, of the kernel that took 3.0, before segments: 2.8 (2.4), with extra
-  memory of 40% (61%) instead of 23%.
+- ybar as the other factor of dC instead of multiplied before: fewer instructions, but longer waits for `movmatrix`.
 """
 
 import dataclasses
