@@ -6,8 +6,8 @@ It walks as `backward` does (see `stretches`). With l the adjoint of H, dh_m = l
     ddt_m = SUM_n A_m e_m + du_m x_m                     du_m = SUM_n B_m l + ybar_m SUM_n B_m C_m
     dB_m = SUM_d u_m l + C_m SUM_d u_m ybar_m            dC_m = SUM_d ybar_m q_m + B_m SUM_d u_m ybar_m
 
-(with the shared readout dh is the same for all m, and takes the place of l in du and dB.) What an element costs is an
-exponential, 8 multiply-adds, and 3 to find its state again, twice; all other products and sums are the tensor cores'.
+(with the shared readout dh is the same for all m, and takes the place of l in du and dB.) What an element costs is two
+exponentials and ten multiply-adds, finding its state again included; all other products and sums are the tensor cores'.
 """
 
 import functools
