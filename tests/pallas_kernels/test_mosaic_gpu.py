@@ -67,9 +67,8 @@ def test_forward_and_every_gradient(case):
 
 
 @needs_ragged_copies
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_garbage_in_masked_places_leaks_nowhere(dtype):
-    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, "shared", jnp.nan, dtype)
+def test_garbage_in_masked_places_leaks_nowhere():
+    suite.test_garbage_in_masked_places_leaks_nowhere(scan_and_vjp, "shared", jnp.nan, "bfloat16")
 
 
 @needs_ragged_copies
@@ -96,10 +95,9 @@ def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, length, s
 
 
 @needs_ragged_copies
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_states_that_only_fill_a_slab_up_do_not_overflow(dtype, monkeypatch):
+def test_states_that_only_fill_a_slab_up_do_not_overflow(monkeypatch):
     monkeypatch.setattr(Plan, "chunks", 2)
-    case = Case(M=3, B=1, L=300, D=8, N=4, dtype=dtype, gate=True)  # 3 ** 150 is beyond float32
+    case = Case(M=3, B=1, L=190, D=8, N=4, dtype="bfloat16", gate=True)  # 3 ** 96 is beyond float32
     jax.clear_caches()
     suite.test_forward_and_every_gradient(scan_and_vjp, case)
     jax.clear_caches()
