@@ -42,7 +42,7 @@ Backwards (gated only) a warpgroup does everything, two steps at a time. Of the 
 step are noted, as bfloat16 in shared memory; the one between is found again from the decays of the first step, which
 are kept for when its turn comes, and are computed while the step after it is walked. So a decay is computed twice, once
 forwards and once backwards. The adjoint takes 318 instructions a thread and step instead of 456, finding the next state
-again 85 instead of 138. The sums over channels for dB and dC are products in bfloat16 whose factors are turned by
+again 89 instead of 138. The sums over channels for dB and dC are products in bfloat16 whose factors are turned by
 `movmatrix`, since the states lie where the tensor cores want what they add up; those for d(log g) are products with the
 unit matrix, which add a thread's channels to running sums.
 
@@ -94,12 +94,12 @@ Backward without tensor cores (`backward`), 3.5: 456 instructions a thread and s
 
 Backward on the tensor cores (`backward_tensor`), 2.5: about 570 instructions a thread and step. A multiprocessor has
 two warps a scheduler, which issues one in two cycles. The walk backwards has 56% of the instructions and about 45% of
-the time, the walk forwards 14% and 16% (96 of its 357 instructions are the special-function unit's, 8 cycles each),
+the time, the walk forwards 15% and 15% (96 of its 357 instructions are the special-function unit's, 8 cycles each),
 what is done once a channel and step 28% and a third. Forward + backward at S2 (3.5 before the first of these):
 
-- States of every other step noted, but in device memory: 3.5. A quarter of the instructions of finding states is
-  gone, the loads are waited for.
-- The same in shared memory: 3.33. For that the forward pass saves states four times as often, as bfloat16; and not a
+- States of every other step noted, but in device memory: 3.5. One walk forwards of two is gone, but the loads are
+  waited for.
+- The same in shared memory: 3.33. For that the forward pass saves states four times as often, as bfloat16; and hardly a
   kilobyte more fits if two blocks shall share a multiprocessor: with 2 kB more it takes 4.1.
 - d(log g), B times the adjoint and the sums for skip and dt_bias in fewer instructions and registers: 3.26.
 - Decays of a pair's first step computed while the pair before is walked: 3.23, though those of a tile's first pair are

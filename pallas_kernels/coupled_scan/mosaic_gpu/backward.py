@@ -254,9 +254,11 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
             x, dy = tl.keep(here, columns_of("x")), tl.keep(here, columns_of("dy"))
             dt, ybar = (tl.load_rows(plan, scr[name].at[window, m], part) for name in ("step", "ybar"))
             d_dt = sums["d_exponent"] * LN2 + sums["d_u"] * x
-            if plan.dt_softplus:
+            if plan.dt_softplus and plan.dtype == jnp.bfloat16:
+                d_dt = d_dt * tl.softplus_slope(dt)
+            elif plan.dt_softplus:
                 raw = tl.keep(here, columns_of("dt")) + tl.over_steps(plan, inp["dt_bias"].at[m, columns], part)
-                d_dt = d_dt * tl.softplus_slope(plan, raw, dt)
+                d_dt = d_dt * tl.sigmoid(plan.dtype, raw)
             d_dt = tl.keep(here, d_dt)
             d_x = sums["d_u"] * dt
             if plan.skip:

@@ -256,7 +256,7 @@ class _Block:
                 y = y + x * dt * BC
             d_dt = d_exponent * bw.LN2 + d_u * x
             if plan.dt_softplus:
-                d_dt = d_dt * (1.0 - jnp.exp(-dt))
+                d_dt = d_dt * tl.softplus_slope(dt)
             d_dt, d_x = tl.keep(here, d_dt), d_u * dt
             if plan.skip:
                 d_x = d_x + skip[m] * ybar

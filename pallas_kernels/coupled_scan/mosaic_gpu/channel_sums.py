@@ -46,20 +46,13 @@ def _sum_over_lanes(target: Any, products: list[Any], exact: bool) -> None:
     ir, arith, _, _ = warp.dialects()
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     lane, own_warp = mma.lane(), mma.own_warp()
-    four, within = arith.shrui(lane, warp.constant(2)), arith.andi(lane, warp.constant(3))
+    within = mma.within_four()
     acc = None
     for quarter in range(4):
         values = products[4 * quarter : 4 * quarter + 4]
         # Lane l holds row l // 4, column l % 4 (and + 8, + 4) of A. B sends the sum of columns 0 to 3 to column
         # 2 quarter of the result and that of 4 to 7 to the next; lane l receives columns 2 (l % 4) and the next.
-        ones = [
-            arith.select(
-                arith.cmpi(arith.CmpIPredicate.eq, four, warp.constant(2 * quarter + k)),
-                warp.constant(0x3F800000),
-                warp.constant(0),
-            )
-            for k in range(2)
-        ]
+        ones = [mma.ones(0x3F800000, 2 * quarter + k) for k in range(2)]
         parts = [values]
         if exact:
             high = [arith.bitcast(f32, arith.andi(arith.bitcast(i32, v), warp.constant(-8192))) for v in values]
