@@ -6,6 +6,7 @@ seconds to compile an interpreted kernel, so the cases are few.
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -19,6 +20,7 @@ from pallas_kernels import UnsupportedError, choose_implementation, coupled_scan
 from pallas_kernels._compat import interpret_params
 from pallas_kernels.coupled_scan import api, mosaic_gpu
 from pallas_kernels.coupled_scan.cases import Case, make_inputs
+from pallas_kernels.coupled_scan.mosaic_gpu import backward, blocks, forward
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
 from pallas_kernels.coupled_scan.types import Problem
 
@@ -79,13 +81,15 @@ def test_garbage_in_masked_places_leaks_nowhere():
         ("shared", "float32", {"M": 2, "N": 4}),
         ("shared", "bfloat16", {"M": 3, "N": 4}),  # on the tensor cores, both ways
         ("independent", "float32", {"M": 2, "N": 4}),
-        ("full", "float32", {"M": 2, "N": 20}),
+        ("full", "float32", {"M": 2, "N": 20}),  # with little shared memory
     ],
 )
 def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, length, segment, monkeypatch):
     monkeypatch.setattr(Plan, "save", 16)
     monkeypatch.setattr(Plan, "chunks", property(lambda plan: 1 if plan.coupling == "full" else 2))
     monkeypatch.setattr(Plan, "segment_steps", lambda plan, chunk, multiple: segment)
+    if coupling == "full":
+        monkeypatch.setattr(blocks, "choose_tiling", lambda plan, scratch, choices: blocks.Tiling(*choices[-1], True))
     case = Case(B=1, L=length, D=3, coupling=coupling, dtype=dtype, **sizes, **EVERYTHING)
     whole = -(-length // 16) * 16
     assert Plan.of(Problem(**make_inputs(case))).chunk_steps(16) == (whole if coupling == "full" else 32)
@@ -119,10 +123,10 @@ def test_a_batch_of_problems_whose_time_is_cut_into_segments(monkeypatch):
 
 
 @needs_ragged_copies
-def test_uncoupled_modalities_that_do_not_fit_together_are_scanned_one_by_one(monkeypatch):
+def test_uncoupled_modalities_that_would_be_tight_together_are_scanned_one_by_one(monkeypatch):
     case = Case(M=2, B=1, L=3, D=2, N=4, coupling="independent", **EVERYTHING)
-    fits = mosaic_gpu._does_not_fit
-    monkeypatch.setattr(mosaic_gpu, "_does_not_fit", lambda p: "too large" if p.x.shape[0] > 1 else fits(p))
+    choose = backward.choose_tiling
+    monkeypatch.setattr(backward, "choose_tiling", lambda plan: choose(plan)._replace(tight=plan.M > 1))
     suite.test_forward_and_every_gradient(scan_and_vjp, case)
 
 
@@ -164,12 +168,21 @@ def test_what_goes_backwards_on_the_tensor_cores():
     [
         ({"M": 9}, "up to 8 modalities and 128 states, got M=9"),
         ({"N": 136}, "up to 8 modalities and 128 states, got M=2, N=136"),
-        ({"M": 8, "N": 64, "coupling": "full"}, "tiles of 8 modalities and 64 states in float32 do not fit"),
     ],
 )
 def test_says_what_it_cannot_do(changes, reason):
     problem = Problem(**abstract_inputs(Case(**{"M": 2, "B": 1, "L": 1, "D": 2, "N": 4} | changes)))
     assert re.search(reason, mosaic_gpu.limits(problem))
+
+
+@pytest.mark.parametrize("coupling", ["shared", "independent", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_number_of_modalities_and_states_fits(coupling, dtype):
+    for M, N in itertools.product(range(1, 9), range(16, 129, 16)):
+        case = Case(M=M, B=2, L=300, D=128, N=N, coupling=coupling, dtype=dtype, readout="shared", **EVERYTHING)
+        plan = Plan.of(Problem(**abstract_inputs(case), readout="shared"))
+        backward.choose_tiling(plan)
+        forward.choose_tiling(plan.forward())
 
 
 def test_forced_without_a_gpu_it_says_so():

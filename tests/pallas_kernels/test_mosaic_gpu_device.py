@@ -48,7 +48,8 @@ def draw(name, index):
             **{name: rng.random() < 0.6 for name in SWITCHES},
         )
         small = case.M * case.B * case.L * case.D * case.N < 3e7
-        if small and KERNELS[name].limits(Problem(**abstract_inputs(case))) is None:
+        options = {name: value for name, value in case.options.items() if name != "reverse"}
+        if small and KERNELS[name].limits(Problem(**abstract_inputs(case), **options)) is None:
             return case
 
 
@@ -85,6 +86,10 @@ MEASURED_CASES = [
     Case(M=2, B=3, L=141, D=64, N=16, mask=True, **MEASURED),
     Case(M=1, B=3, L=141, D=64, N=16, **MEASURED),
     Case(M=3, B=2, L=150, D=128, N=16, dtype="bfloat16", dt_softplus=False),
+    # More than shared memory holds.
+    Case(M=8, B=2, L=45, D=72, N=128, coupling="full", **suite.EVERYTHING),
+    Case(M=8, B=1, L=300, D=200, N=16, coupling="full", dtype="bfloat16", readout="shared", **suite.EVERYTHING),
+    Case(M=7, B=1, L=600, D=40, N=100, coupling="independent", readout="shared", **suite.EVERYTHING),
     # Chunks of time with states that do not fill a slab.
     Case(M=3, B=1, L=900, D=40, N=4, **MEASURED),
 ]

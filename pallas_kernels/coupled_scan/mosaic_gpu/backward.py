@@ -1,7 +1,7 @@
 """The backward kernel.
 
 A block walks one chunk of one sample's time for 64 channels, last tile first (see `stretches`). Every tile is walked
-forwards once more, noting the state entering each step in shared memory, and backwards with the adjoint.
+forwards once more, noting the state entering each step, and backwards with the adjoint.
 """
 
 import functools
@@ -18,6 +18,7 @@ from pallas_kernels._compat import layout_cast
 from pallas_kernels.coupled_scan.mosaic_gpu import blocks, channel_sums, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import forward as fw
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.blocks import Tiling
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, THREADS, Plan, projection_layout
 from pallas_kernels.coupled_scan.mosaic_gpu.stretches import Stretches
 from pallas_kernels.coupled_scan.mosaic_gpu.sums import Sums, load_rows, store_rows
@@ -26,12 +27,12 @@ from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 LN2 = 0.6931471805599453
 
 
-def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
+def _scratch(plan: Plan, tiling: Tiling) -> dict[str, Any]:
     m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
-    channels = threads.channels
+    (steps, part, tight), channels = tiling, threads.channels
     large = (blocks.STAGES, m, steps, channels)
     projections = smem((blocks.STAGES, m, steps, plan.slabs, SLAB), plan.dtype)
-    parts = smem((part, m, threads.lanes, threads.padded), F32)
+    parts = smem((part, m, threads.lanes, channels if tight else threads.padded), F32)
     scratch = {
         "x": smem(large, plan.dtype),
         "dt": smem(large, plan.dtype),
@@ -42,7 +43,6 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         "step": smem((steps, m, channels), F32),
         "u": smem((steps, m, channels), F32),
         "ybar": smem((steps, m, channels), F32),
-        "history": smem((steps, plan.S, threads.rows // 4, THREADS, 4), F32),
         "d_exponent": parts,
         "d_u": parts,
         "sums": smem((part, m, 4, 2, SLAB), F32),
@@ -51,9 +51,16 @@ def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         scratch |= {"z": smem(large, plan.dtype), "y": parts}
     if plan.flagged:
         scratch["flags"] = smem((blocks.STAGES, steps, plan.flags), F32)
-    if plan.slabs > 1:
+    if not tight:
+        scratch["history"] = smem(_history(plan, steps), F32)
+    if plan.slabs > 1 and not tight:
         scratch["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return scratch
+
+
+def _history(plan: Plan, steps: int) -> tuple[int, ...]:
+    """Shape of the states entering the steps of a tile."""
+    return steps, plan.S, plan.threads.rows // 4, THREADS, 4
 
 
 def run(
@@ -87,22 +94,22 @@ def launch(
     name: str,
     body: Callable[[Refs, Refs, Refs], None],
     arrays: dict[str, jax.Array],
-    scratch: Callable[[Plan, int, int], dict[str, Any]],
-    tiling: tuple[int, int],
+    scratch: blocks.Scratch,
+    tiling: Tiling,
     chunk: int,
     segment: int,
     in_place: Refs | None,
 ) -> dict[str, jax.Array]:
     """`blocks.launch` with the results of the backward pass."""
-    out, chunks = shapes(plan, chunk, segment, *tiling), -(-plan.L // chunk)
+    out, chunks = shapes(plan, chunk, segment, tiling), -(-plan.L // chunk)
     if in_place:
         out = {"dprojections": out["dprojections"]}
     return blocks.launch(plan, name, body, arrays, out, scratch, tiling, chunks, in_place)
 
 
-def shapes(plan: Plan, chunk: int, segment: int, steps: int, part: int) -> dict[str, Any]:
-    """Shapes and dtypes of what `run` returns, for tiles of `steps`, `part` of which are finished at once."""
-    chunks, padded = -(-plan.L // chunk), plan.padded
+def shapes(plan: Plan, chunk: int, segment: int, tiling: Tiling) -> dict[str, Any]:
+    """Shapes and dtypes of what `run` returns."""
+    (steps, part, tight), chunks, padded = tiling, -(-plan.L // chunk), plan.padded
     state = (plan.S, plan.B, plan.slabs, SLAB, padded)
     rows = min(chunks * segment, -(-plan.L // steps) * steps)
     large = jax.ShapeDtypeStruct((plan.M, plan.B, plan.rows, plan.D), plan.dtype)
@@ -117,6 +124,8 @@ def shapes(plan: Plan, chunk: int, segment: int, steps: int, part: int) -> dict[
     }
     if not plan.threads.tensor:
         out["entries"] = jax.ShapeDtypeStruct((chunks, -(-min(plan.save, plan.L) // steps), *state), F32)
+    if tight:
+        out["history"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.groups, *_history(plan, steps)), F32)
     if plan.gate:
         out["dz"] = large
     if plan.threads.tensor:
@@ -128,16 +137,21 @@ def shapes(plan: Plan, chunk: int, segment: int, steps: int, part: int) -> dict[
     return out
 
 
-def choose_tiling(plan: Plan) -> tuple[int, int]:
+def choose_tiling(plan: Plan) -> Tiling:
     """Steps of a tile, and steps of it whose partial sums are kept at once: all where slabs add to them by turns."""
     return blocks.choose_tiling(plan, _scratch, ((8, 4), (4, 4)) if plan.slabs == 1 else ((8, 8), (4, 4)))
 
 
-def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs) -> None:
-    m_range, (steps, part) = range(plan.M), tiling
+def _walk(plan: Plan, tiling: Tiling, chunk: int, segment: int, inp: Refs, out: Refs, scr: Refs) -> None:
+    m_range, (steps, part, tight) = range(plan.M), tiling
     i_range, threads = range(plan.threads.rows), plan.threads
     order = Stretches(plan, steps, chunk, segment, inp, out, scr)
     b, c, columns = order.b, order.c, order.columns
+    history = out["history"].at[c, b, lax.axis_index("group")] if tight else scr["history"]
+
+    def adjoint_of(slab: Any) -> Any:
+        """Where the adjoint of a slab waits for the next tile."""
+        return out["dstate"].at[c, :, b, slab, :, :, columns] if tight else scr["carry"].at[slab]
 
     def prepare(slot: Any) -> None:
         fw.prepare_steps(plan, inp, scr, columns, slot, steps)
@@ -169,7 +183,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
             entering = tl.reset_state(plan, scr, slot, t, state)
             if note:
                 for s in range(plan.S):
-                    warp.save_thread(plan, scr["history"].at[t, s], entering[s])
+                    warp.save_thread(plan, history.at[t, s], entering[s])
             after = tl.advance(plan, constants, entering, fw.spread_step(plan, loaded))[1]
             return tl.hold_state(plan, scr, slot, t, entering, after), following
 
@@ -181,7 +195,7 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
         """Step t backwards; `adjoint` is the gradient of the state after it."""
         now = fw.spread_step(plan, fw.load_step(plan, scr, t))
         ybar = [tl.spread_channels(plan, tl.load_channels(plan, scr["ybar"].at[t, m])) for m in m_range]
-        before = [warp.load_thread(plan, scr["history"].at[t, s]) for s in range(plan.S)]
+        before = [warp.load_thread(plan, history.at[t, s]) for s in range(plan.S)]
         passed = adjoint
         if plan.masked and plan.coupling != "independent":
             idle = scr["flags"][slot, t, plan.M]
@@ -340,10 +354,10 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
             else:
 
                 def one(slab: Any, constants: tl.Constants, offset: int = offset) -> None:
-                    adjoint = fw.load_state(plan, scr["carry"].at[slab])
+                    adjoint = fw.load_state(plan, adjoint_of(slab))
                     stored = Sums(plan, out, slab, columns)
                     adjoint, sums = walk(slab, constants, offset, adjoint, stored.load())
-                    fw.store_state(plan, scr["carry"].at[slab], adjoint)
+                    fw.store_state(plan, adjoint_of(slab), adjoint)
                     stored.store(sums)
                     tl.sync()
                     write_projections(start, offset, slab)
@@ -366,13 +380,13 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
         sums = Sums(plan, out, 0, columns)
-        adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0], columns=columns)
+        adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0, :, :, columns])
         carry = (adjoint, sums.load() if resumed else sums.zero(), rows)
     else:
 
         def start_slab(slab: Any, _: None) -> None:
-            adjoint = fw.load_state(plan, adjoints.at[c, :, b, slab], columns=columns)
-            fw.store_state(plan, scr["carry"].at[slab], adjoint)
+            adjoint = fw.load_state(plan, adjoints.at[c, :, b, slab, :, :, columns])
+            fw.store_state(plan, adjoint_of(slab), adjoint)
             if not resumed:
                 sums = Sums(plan, out, slab, columns)
                 sums.store(sums.zero())
@@ -382,13 +396,13 @@ def _walk(plan: Plan, tiling: tuple[int, int], chunk: int, segment: int, inp: Re
     lax.fori_loop(0, blocks.STAGES, lambda item, _: order.fetch(item), None)
     adjoint, totals, rows = order.walk(begin, forward_item, backward_item, carry)
     if plan.slabs == 1:
-        fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
+        fw.store_state(plan, out["dstate"].at[c, :, b, 0, :, :, columns], adjoint)
         sums.store(totals)
     else:
 
         def end_slab(slab: Any, _: None) -> None:
-            adjoint = fw.load_state(plan, scr["carry"].at[slab])
-            fw.store_state(plan, out["dstate"].at[c, :, b, slab], adjoint, columns)
+            adjoint = fw.load_state(plan, adjoint_of(slab))
+            fw.store_state(plan, out["dstate"].at[c, :, b, slab, :, :, columns], adjoint)
 
         lax.fori_loop(0, plan.slabs, end_slab, None)
     store_rows(row_sums, rows)

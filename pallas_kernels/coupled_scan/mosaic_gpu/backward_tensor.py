@@ -33,9 +33,8 @@ PART = 4
 """Steps of a tile that are finished at once: the running sums have one row for each."""
 
 
-def _scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
-    del part
-    m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
+def _scratch(plan: Plan, tiling: blocks.Tiling) -> dict[str, Any]:
+    m, smem, threads, steps = plan.M, jax.ShapeDtypeStruct, plan.threads, tiling.steps
     large = smem((blocks.STAGES, m, steps, threads.channels), plan.dtype)
     projections = smem((blocks.STAGES, m, steps, 1, SLAB), plan.dtype)
     factors = smem((steps, FACTORS, threads.strip), F32)
@@ -60,13 +59,13 @@ def run(
 ) -> dict[str, jax.Array]:
     """What `backward.run` returns."""
     tiling = choose_tiling(plan)
-    body = functools.partial(_walk, plan, tiling[0], chunk, segment)
+    body = functools.partial(_walk, plan, tiling.steps, chunk, segment)
     saved = arrays["saved"]  # one chain and one slab: copies have few axes
     arrays = arrays | {"saved": saved.reshape(saved.shape[0], plan.B, *saved.shape[-2:])}
     return bw.launch(plan, "coupled_scan_backward_tensor", body, arrays, _scratch, tiling, chunk, segment, in_place)
 
 
-def choose_tiling(plan: Plan) -> tuple[int, int]:
+def choose_tiling(plan: Plan) -> blocks.Tiling:
     """Steps of a tile, and steps that are finished at once."""
     return blocks.choose_tiling(plan, _scratch, ((8, PART), (4, PART)))
 
@@ -131,7 +130,7 @@ def _walk(plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs
     tl.clear_factors(plan, scr, steps)
     sums = Sums(plan, out, 0, columns)
     adjoints, resumed = inp.get("adjoint", out["dstate"]), "walked" in inp
-    adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0], columns=columns)
+    adjoint = fw.load_state(plan, adjoints.at[c, :, b, 0, :, :, columns])
     row_sums, gain_sums = out["drows"].at[c, b, :, :, :, columns], out["dgain_parts"].at[c, b, lax.axis_index("group")]
     start, gains = sums.zero(), [[tl.fill(plan, 0.0)] * 2] * plan.M
     if resumed:
@@ -139,7 +138,7 @@ def _walk(plan: Plan, steps: int, chunk: int, segment: int, inp: Refs, out: Refs
     rows = load_rows(plan, row_sums, PART, resumed=resumed)
     carry = (adjoint, start | {"dgain": gains}, rows, block.load_parameters("dt_bias"))
     adjoint, totals, rows, _ = order.walk(begin, forwards, backwards, carry)
-    fw.store_state(plan, out["dstate"].at[c, :, b, 0], adjoint, columns)
+    fw.store_state(plan, out["dstate"].at[c, :, b, 0, :, :, columns], adjoint)
     sums.store(totals)
     for m, words in enumerate(totals["dgain"]):
         warp.save_words(plan, gain_sums.at[m], words)

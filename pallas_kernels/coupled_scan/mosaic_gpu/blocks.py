@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +26,41 @@ FETCHED = ("x", "dt", "z", "dy", "B", "C", "flags")
 REBUILT = ("x", "dt", "B", "flags")
 """What finding its states again takes."""
 STATES = {"gain": -1} | dict.fromkeys(
-    ("A", "state", "saved", "final", "adjoint", "dA", "dgain", "dstate", "entries", "product", "rest"), -2
+    ("A", "state", "saved", "final", "carry", "adjoint", "dA", "dgain", "dstate", "entries", "product", "rest"), -2
 )
 """The axis of SLAB states of the arrays that have one; the kernels see it as two, [lanes, rows]."""
 
 
-def choose_tiling(
-    plan: Plan, scratch: Callable[[Plan, int, int], dict[str, Any]], choices: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """Steps of a tile, and steps whose partial sums are kept at once: the first choice that fits.
+class Tiling(NamedTuple):
+    """How a block's time is cut, and what lies in its shared memory.
+
+    Attributes:
+        steps: of a tile.
+        part: steps of it whose partial sums are kept at once.
+        tight: for many modalities and states: the states that a tile notes or hands on lie in device memory, and
+            partial sums without padding.
+    """
+
+    steps: int
+    part: int
+    tight: bool = False
+
+
+Scratch = Callable[[Plan, Tiling], dict[str, Any]]
+"""Shapes and dtypes of what lies in shared memory."""
+
+
+def choose_tiling(plan: Plan, scratch: Scratch, choices: Sequence[tuple[int, int]]) -> Tiling:
+    """The first choice of steps and part that fits.
 
     Two blocks should fit into a multiprocessor's shared memory, so that one computes while the other waits.
     """
-    for budget in (SHARED_MEMORY // 2 - 1024, SHARED_MEMORY - 1024):
-        for steps, part in choices:
-            if sum(map(size, scratch(plan, steps, part).values())) <= budget:
-                return steps, part
+    tilings = [Tiling(*choice) for choice in choices]
+    tight = tilings[-1]._replace(tight=True)
+    for budget, candidates in ((SHARED_MEMORY // 2 - 1024, tilings), (SHARED_MEMORY - 1024, [*tilings, tight])):
+        for tiling in candidates:
+            if sum(map(size, scratch(plan, tiling).values())) <= budget:
+                return tiling
     raise ValueError(f"no tile fits into shared memory: {plan}")
 
 
@@ -56,8 +75,8 @@ def launch(
     body: Callable[[Refs, Refs, Refs], None],
     arrays: dict[str, jax.Array],
     out: dict[str, Any],
-    shared_memory: Callable[[Plan, int, int], dict[str, Any]],
-    tiling: tuple[int, int],
+    shared_memory: Scratch,
+    tiling: Tiling,
     chunks: int,
     in_place: Refs | None = None,
 ) -> dict[str, jax.Array]:
@@ -70,7 +89,7 @@ def launch(
         arrays: inputs.
         out: shapes and dtypes of the outputs.
         shared_memory: shapes and dtypes of what lies there.
-        tiling: arguments of `shared_memory`.
+        tiling: argument of `shared_memory`.
         chunks: of time.
         in_place: references to more outputs, states in them as the kernels see them.
 
@@ -82,7 +101,7 @@ def launch(
     def copies(names: Sequence[str]) -> int:
         return sum(name in shared for name in names)
 
-    names, shared = [*arrays, *in_place, *out], shared_memory(plan, *tiling)
+    names, shared = [*arrays, *in_place, *out], shared_memory(plan, tiling)
     split = (plan.threads.lanes, plan.threads.rows)
     arrays = {k: reshape_states(v, k, split) for k, v in arrays.items()}
     types = {k: jax.ShapeDtypeStruct(split_states(v.shape, k, split), v.dtype) for k, v in out.items()}

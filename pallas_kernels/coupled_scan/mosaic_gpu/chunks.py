@@ -151,5 +151,5 @@ def _summarise(plan: Plan, chunk: int, reverse: bool, inp: Refs, out: Refs, scr:
 
     initial = tuple([[tl.fill(plan, v)] * len(rows) for _ in range(plan.S)] for v in (1.0, 0.0))
     product, rest = lax.fori_loop(0, tiles, tile, initial)
-    fw.store_state(plan, out["product"].at[c, :, b, slab], product, columns)
-    fw.store_state(plan, out["rest"].at[c, :, b, slab], rest, columns)
+    fw.store_state(plan, out["product"].at[c, :, b, slab, :, :, columns], product)
+    fw.store_state(plan, out["rest"].at[c, :, b, slab, :, :, columns], rest)

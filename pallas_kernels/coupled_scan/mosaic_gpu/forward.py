@@ -16,14 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.coupled_scan.mosaic_gpu import blocks, warp
 from pallas_kernels.coupled_scan.mosaic_gpu import tile as tl
+from pallas_kernels.coupled_scan.mosaic_gpu.blocks import Tiling
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, SLAB, Plan
 from pallas_kernels.coupled_scan.mosaic_gpu.tile import Refs, State
 
 
-def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
+def _scratch(plan: Plan, tiling: Tiling) -> dict[str, Any]:
     """What the kernel keeps in shared memory."""
-    del part
-    m, smem, threads = plan.M, jax.ShapeDtypeStruct, plan.threads
+    m, smem, threads, steps = plan.M, jax.ShapeDtypeStruct, plan.threads, tiling.steps
     channels = threads.channels
     large = (blocks.STAGES, m, steps, channels)
     result = {
@@ -41,7 +41,7 @@ def scratch(plan: Plan, steps: int, part: int) -> dict[str, Any]:
         result["z"] = smem(large, plan.dtype)
     if plan.flagged:
         result["flags"] = smem((blocks.STAGES, steps, plan.flags), F32)
-    if plan.slabs > 1:
+    if plan.slabs > 1 and not tiling.tight:
         result["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return result
 
@@ -66,9 +66,16 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, save: int | None) 
     }
     if save:
         out["saved"] = jax.ShapeDtypeStruct((-(-plan.L // save), *state), F32)
-    tiling = blocks.choose_tiling(plan, scratch, ((16, 16), (8, 8), (4, 4)))
-    body = functools.partial(_walk, plan, tiling[0], chunk, save)
-    return blocks.launch(plan, "coupled_scan_forward", body, arrays, out, scratch, tiling, -(-plan.L // chunk))
+    tiling, chunks = choose_tiling(plan), -(-plan.L // chunk)
+    if plan.slabs > 1 and tiling.tight:
+        out["carry"] = jax.ShapeDtypeStruct((chunks, *state), F32)
+    body = functools.partial(_walk, plan, tiling.steps, chunk, save)
+    return blocks.launch(plan, "coupled_scan_forward", body, arrays, out, _scratch, tiling, chunks)
+
+
+def choose_tiling(plan: Plan) -> Tiling:
+    """Steps of a tile, all of which are finished at once."""
+    return blocks.choose_tiling(plan, _scratch, ((16, 16), (8, 8), (4, 4)))
 
 
 def present(plan: Plan, scr: Refs, slot: Any, m: int, steps: int) -> jax.Array | None:
@@ -158,19 +165,17 @@ def walk_steps(steps: Any, unroll: int, step: Callable, carry: Any) -> Any:
     return lax.fori_loop(whole * unroll, steps, step, carry)
 
 
-def load_state(plan: Plan, ref: Any, *, columns: Any = None) -> State:
-    """[S, lanes, rows, channels] -> a state."""
+def load_state(plan: Plan, ref: Any) -> State:
+    """A reference [S, lanes, rows, channels] -> a state."""
     threads = plan.threads
-    columns = pl.ds(0, threads.channels) if columns is None else columns
-    return [[tl.load(ref.at[s, :, i, columns], threads.layout) for i in range(threads.rows)] for s in range(plan.S)]
+    return [[tl.load(ref.at[s, :, i], threads.layout) for i in range(threads.rows)] for s in range(plan.S)]
 
 
-def store_state(plan: Plan, ref: Any, state: State, columns: Any = None) -> None:
+def store_state(plan: Plan, ref: Any, state: State) -> None:
     """The inverse of `load_state`; each thread writes what it would read."""
-    columns = pl.ds(0, plan.threads.channels) if columns is None else columns
     for s in range(plan.S):
         for i, values in enumerate(state[s]):
-            tl.store(ref.at[s, :, i, columns], values)
+            tl.store(ref.at[s, :, i], values)
 
 
 def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: Refs, scr: Refs) -> None:
@@ -199,13 +204,18 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         else:
             lax.fori_loop(0, plan.slabs, lambda slab, _: function(slab), None)
 
+    def carried(slab: Any) -> Any:
+        """Where the state of a slab waits for the next tile."""
+        return scr["carry"].at[slab] if "carry" in scr else out["carry"].at[c, :, b, slab, :, :, columns]
+
     def scan_slab(n: Any, slab: Any, constants: tl.Constants, state: State) -> State:
         slot, here = lax.rem(n, blocks.STAGES), of_slab(slab)
         if save:
 
             @pl.when(lax.rem(first + n * steps, save) == 0)
             def _() -> None:
-                store_state(plan, out["saved"].at[(first + n * steps) // save, :, b, slab], state, columns)
+                saved = out["saved"].at[(first + n * steps) // save, :, b, slab, :, :, columns]
+                store_state(plan, saved, state)
 
         def step(t: Any, carry: tuple) -> tuple:
             state, loaded = carry
@@ -241,9 +251,8 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
         else:
 
             def one(slab: Any) -> None:
-                carried = load_state(plan, scr["carry"].at[slab])
-                carried = scan_slab(n, slab, tl.Constants(plan, inp, slab, columns), carried)
-                store_state(plan, scr["carry"].at[slab], carried)
+                after = scan_slab(n, slab, tl.Constants(plan, inp, slab, columns), load_state(plan, carried(slab)))
+                store_state(plan, carried(slab), after)
 
             each_slab(one)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and for the other warps
@@ -269,12 +278,12 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
 
     if plan.slabs == 1:
         constants = tl.Constants(plan, inp, 0, columns)
-        state = load_state(plan, inp["state"].at[c, :, b, 0], columns=columns)
+        state = load_state(plan, inp["state"].at[c, :, b, 0, :, :, columns])
     else:
         state = []
 
         def start(slab: Any) -> None:
-            store_state(plan, scr["carry"].at[slab], load_state(plan, inp["state"].at[c, :, b, slab], columns=columns))
+            store_state(plan, carried(slab), load_state(plan, inp["state"].at[c, :, b, slab, :, :, columns]))
 
         each_slab(start)
     prepare(0)
@@ -284,11 +293,11 @@ def _walk(plan: Plan, steps: int, chunk: int, save: int | None, inp: Refs, out: 
     @pl.when(c == lax.axis_size("chunk") - 1)
     def _() -> None:
         if plan.slabs == 1:
-            store_state(plan, out["final"].at[:, b, 0], state, columns)
+            store_state(plan, out["final"].at[:, b, 0, :, :, columns], state)
         else:
 
             def end(slab: Any) -> None:
-                store_state(plan, out["final"].at[:, b, slab], load_state(plan, scr["carry"].at[slab]), columns)
+                store_state(plan, out["final"].at[:, b, slab, :, :, columns], load_state(plan, carried(slab)))
 
             each_slab(end)
 

@@ -80,16 +80,16 @@ class _Forward(Pair):
                 @pl.when(lax.rem(start, self.save) == 0)
                 def _() -> None:
                     saved = tl.map_state(lambda v: v.astype(plan.saved_dtype), state)
-                    fw.store_state(plan, self.out["saved"].at[start // self.save, :, b, 0], saved, self.columns)
+                    fw.store_state(plan, self.out["saved"].at[start // self.save, :, b, 0, :, :, self.columns], saved)
 
             return self.scan_tile(n, constants, state)
 
-        state = fw.load_state(plan, self.inp["state"].at[self.c, :, b, 0], columns=self.columns)
+        state = fw.load_state(plan, self.inp["state"].at[self.c, :, b, 0, :, :, self.columns])
         state = self.each_tile(tile, state)
 
         @pl.when(self.last)
         def _() -> None:
-            fw.store_state(plan, self.out["final"].at[:, b, 0], state, self.columns)
+            fw.store_state(plan, self.out["final"].at[:, b, 0, :, :, self.columns], state)
 
     def scan_tile(self, n: Any, constants: tl.Constants, state: State) -> State:
         """The steps of tile n.

@@ -50,7 +50,7 @@ def _sum_groups(plan: Plan, parts: jax.Array) -> jax.Array:
 def _run(plan: Plan, chunk: int, segment: int, arrays: Arrays) -> Arrays:
     """The segments of a chunk one after the other, those of all chunks at once."""
     kernel, count = _kernel(plan), -(-chunk // segment)
-    shapes = backward.shapes(plan, chunk, segment, *kernel.choose_tiling(plan))
+    shapes = backward.shapes(plan, chunk, segment, kernel.choose_tiling(plan))
     parts = shapes.pop("dprojections").shape
     chunks, split = arrays["adjoint"].shape[0], (plan.threads.lanes, plan.threads.rows)
     zeros = {name: jnp.zeros(v.shape, v.dtype) for name, v in shapes.items() if name in SUMS}

@@ -103,16 +103,19 @@ class Stretches:
 
     def saved(self, s: Any, slab: Any) -> State:
         """The state entering stretch s."""
-        saved = self.inp["saved"].at[self.start(s, 0) // self.plan.save, :, self.b, slab]
-        return fw.load_state(self.plan, saved, columns=self.columns)
+        place = self.start(s, 0) // self.plan.save
+        return fw.load_state(self.plan, self.inp["saved"].at[place, :, self.b, slab, :, :, self.columns])
 
     def entry(self, k: Any, slab: Any) -> State:
         """The state entering tile k of the stretch at hand."""
-        return fw.load_state(self.plan, self.out["entries"].at[self.c, k, :, self.b, slab], columns=self.columns)
+        return fw.load_state(self.plan, self._noted(k, slab))
 
     def note(self, k: Any, slab: Any, state: State) -> None:
         """Notes the state entering tile k."""
-        fw.store_state(self.plan, self.out["entries"].at[self.c, k, :, self.b, slab], state, self.columns)
+        fw.store_state(self.plan, self._noted(k, slab), state)
+
+    def _noted(self, k: Any, slab: Any) -> Any:
+        return self.out["entries"].at[self.c, k, :, self.b, slab, :, :, self.columns]
 
     def walk(
         self,

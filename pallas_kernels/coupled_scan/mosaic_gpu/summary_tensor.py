@@ -41,8 +41,8 @@ class _Summary(Pair):
         constants = tl.Constants(self.plan, self.inp, 0, self.columns)
         initial = tuple([[tl.fill(self.plan, v)] * self.plan.threads.rows] for v in (1.0, 0.0))
         product, rest = self.each_tile(lambda n, carry: self.scan_tile(n, constants, carry), initial)
-        fw.store_state(self.plan, self.out["product"].at[self.c, :, self.b, 0], product, self.columns)
-        fw.store_state(self.plan, self.out["rest"].at[self.c, :, self.b, 0], rest, self.columns)
+        fw.store_state(self.plan, self.out["product"].at[self.c, :, self.b, 0, :, :, self.columns], product)
+        fw.store_state(self.plan, self.out["rest"].at[self.c, :, self.b, 0, :, :, self.columns], rest)
 
     def scan_tile(self, n: Any, constants: tl.Constants, carry: tuple[State, State]) -> tuple[State, State]:
         """The steps of tile n."""
