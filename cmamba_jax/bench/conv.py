@@ -30,7 +30,7 @@ class Options:
     shapes: tuple[str, ...] = ("S1", "S2", "S3", "S4")
     """Sizes of `cmamba bench scan --device-table`."""
     repeats: int = 20
-    """Timed runs of ten calls each; the median counts."""
+    """Timed runs of about 0.1 s each; the median counts."""
     output: pathlib.Path = pathlib.Path("runs/bench")
     """Folder for conv.json."""
     json: bool = False
@@ -100,6 +100,6 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, dict[str, A
         results[name] = {"case": {axis: getattr(case, axis) for axis in ("M", "B", "L", "D", "dtype")}}
         for kind, function, arrays in zip(KINDS, (forward, forward_backward), (2, 5), strict=True):
             run = peers.repeated(jax.jit(functools.partial(function, name)), x, kernel, bias)
-            ms = 1e3 * timing.median_seconds(run, calls=10, repeats=repeats)
+            ms = 1e3 * timing.median_seconds(run, repeats=repeats)
             results[name][kind] = {"ms": ms, "share": 1e3 * arrays * x.nbytes / bandwidth / ms}
     return results

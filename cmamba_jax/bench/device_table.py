@@ -20,8 +20,6 @@ from pallas_kernels.coupled_scan.types import Problem
 
 EXPONENTIALS = 16
 """A multiprocessor's exponentials a clock (NVIDIA, compute capability 7.0 to 9.0)."""
-CALLS = 10
-"""Calls of one timed run, issued back to back: the host's work hides behind the device's."""
 KINDS = ("forward", "forward_backward")
 
 
@@ -141,7 +139,7 @@ def _floor(case: Case, report: dict[str, Any]) -> dict[str, float]:
 
 
 def _median_ms(function: Callable[[int], None], repeats: int) -> float:
-    return 1e3 * median_seconds(function, calls=CALLS, repeats=repeats)
+    return 1e3 * median_seconds(function, repeats=repeats)
 
 
 def _table(report: dict[str, Any], names: Sequence[str]) -> str:

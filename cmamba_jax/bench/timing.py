@@ -11,18 +11,25 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
+RUN_SECONDS = 0.1
 
-def median_seconds(run: Callable[[int], None], *, calls: int, repeats: int) -> float:
+
+def median_seconds(run: Callable[[int], None], *, calls: int | None = None, repeats: int) -> float:
     """Seconds of one call: the median over `repeats` timed runs, after one call that is not timed.
 
     Args:
         run: makes that many calls, issued back to back (the host's work hides behind the device's), and waits for the
             last one.
-        calls: of a timed run.
+        calls: of a timed run; None: as many as take about RUN_SECONDS, so that the host's part before the first and
+            after the last one, a fraction of a millisecond, is little of it.
         repeats: timed runs.
     """
     with _alone():
         run(1)
+        if calls is None:
+            start = time.perf_counter()
+            run(1)
+            calls = max(1, round(RUN_SECONDS / (time.perf_counter() - start)))
         times = []
         for _ in range(repeats):
             start = time.perf_counter()

@@ -122,7 +122,7 @@ def finish_steps(
             y = y + tl.over_steps(plan, inp["skip"].at[m, columns], steps) * x
         if plan.gate:
             z = tl.load_rows(plan, scr["z"].at[slot, m], steps)
-            y = y * (z * tl.sigmoid(plan.dtype, z))
+            y = y * tl.silu(plan.dtype, z)
         results.append(tl.keep(here, y).astype(plan.dtype))
     for m, y in enumerate(results):
         tl.store(scr["out"].at[m], y)

@@ -51,7 +51,7 @@ class _Forward(Pair):
             result["z"] = result["x"]
         return result
 
-    def finish(self, n: Any) -> None:
+    def finish(self, n: Any, slot: Any) -> None:
         """Gates and stores the output."""
         plan, steps, scr, cut = self.plan, self.steps, self.tile(n), pl.ds(0, self.plan.threads.channels)
 
@@ -63,7 +63,7 @@ class _Forward(Pair):
             return y + u * tl.over_channels(plan, scr["BC"].at[:, m], steps)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and for the other warps
-        fw.finish_steps(plan, self.inp, scr, self.columns, lax.rem(n, STAGES), steps, read)
+        fw.finish_steps(plan, self.inp, scr, self.columns, slot, steps, read)
         tl.commit()
         window = pl.ds(self.start(n), steps)
         plgpu.copy_smem_to_gmem(scr["out"], self.out["y"].at[:, self.b, window, self.columns])

@@ -93,9 +93,8 @@ class Pair(abc.ABC):
         return result
 
     def barrier(self, name: str, n: Any) -> Any:
-        """Of tile n."""
-        count = STAGES if name == "arrived" else 2
-        return self.barriers[name].at[self.pair * count + lax.rem(n, count)]
+        """Of tile n, where there are two."""
+        return self.barriers[name].at[self.pair * 2 + lax.rem(n, 2)]
 
     def start(self, n: Any) -> Any:
         """First step of tile n."""
@@ -126,32 +125,37 @@ class Pair(abc.ABC):
         """Everything that is done once a channel and step."""
         plan, inp, steps, tiles = self.plan, self.inp, self.steps, self.tiles
 
-        def fetch(n: Any) -> None:
-            @pl.when(n < tiles)
-            def _() -> None:
-                arrived, slot = self.barrier("arrived", n), lax.rem(n, STAGES)
-                blocks.fetch(inp, self.shared, arrived, self.b, self.columns, self.start(n), slot, steps)
+        def arrived(slot: Any) -> Any:
+            return self.barriers["arrived"].at[self.pair * STAGES + slot]
 
-        def prepare(n: Any) -> None:
+        def fetch(n: Any, slot: Any) -> None:
             @pl.when(n < tiles)
             def _() -> None:
-                scr, slot = self.tile(n), lax.rem(n, STAGES)
-                plgpu.barrier_wait(self.barrier("arrived", n))
+                blocks.fetch(inp, self.shared, arrived(slot), self.b, self.columns, self.start(n), slot, steps)
+
+        def prepare(n: Any, slot: Any) -> None:
+            @pl.when(n < tiles)
+            def _() -> None:
+                scr = self.tile(n)
+                plgpu.barrier_wait(arrived(slot))
                 self.prepare(scr, slot)
                 tl.convert_projections(plan, inp, scr, slot, 0, steps)
                 plgpu.barrier_arrive(self.barrier("ready", n))
 
-        def tile(n: Any, _: None) -> None:
-            prepare(n + 1)
+        def tile(n: Any, slot: Any) -> Any:
+            """Tile n, which lies in `slot`: a remainder by three takes a dozen instructions, counting on three."""
+            following = jnp.where(slot == STAGES - 1, 0, slot + 1)
+            prepare(n + 1, following)
             plgpu.barrier_wait(self.barrier("scanned", n))
-            self.finish(n)
-            fetch(n + STAGES)
+            self.finish(n, slot)
+            fetch(n + STAGES, slot)
+            return following
 
-        lax.fori_loop(0, STAGES, lambda n, _: fetch(n), None)
+        lax.fori_loop(0, STAGES, lambda n, _: fetch(n, n), None)
         for n in range(2):
             tl.clear_factors(plan, self.tile(n), steps)
-        prepare(0)
-        lax.fori_loop(0, tiles, tile, None)
+        prepare(0, 0)
+        lax.fori_loop(0, tiles, tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def prepare(self, scr: Refs, slot: Any) -> None:
@@ -159,8 +163,8 @@ class Pair(abc.ABC):
         fw.prepare_steps(self.plan, self.inp, scr, self.columns, slot, self.steps)
 
     @abc.abstractmethod
-    def finish(self, n: Any) -> None:
-        """What is left to do with tile n once it is scanned."""
+    def finish(self, n: Any, slot: Any) -> None:
+        """What is left to do with tile n, which lies in `slot`, once it is scanned."""
 
     @abc.abstractmethod
     def scan(self) -> None:

@@ -57,7 +57,7 @@ def _run(plan: Plan, chunk: int, segment: int, arrays: Arrays) -> Arrays:
     empty = {name: lax.empty(v.shape, v.dtype) for name, v in shapes.items() if name not in SUMS}
     in_place = zeros | empty | {"dstate": arrays["adjoint"]}
     in_place = {name: blocks.reshape_states(values, name, split) for name, values in in_place.items()}
-    whole = (*parts[2:4], chunks, count * segment, *parts[5:])
+    whole = (*parts[2:4], chunks, chunk, *parts[5:])
     totals = {name: lax.empty(whole, plan.dtype) for name in ("dB", "dC")}
     inputs = {name: values for name, values in arrays.items() if name != "adjoint"}
 
@@ -69,11 +69,13 @@ def _run(plan: Plan, chunk: int, segment: int, arrays: Arrays) -> Arrays:
             for k, total in enumerate(sums_of):
                 sums = _sum_groups(plan, out["dprojections"][:, k])
                 sums = sums.reshape(*parts[2:4], chunks, segment, *parts[5:])
-                total[:, :, :, pl.ds((count - 1 - walked) * segment, segment)] = sums
+                # Rows before the last segment, if it is a shorter one, are overwritten by the next launch.
+                start = jnp.minimum((count - 1 - walked) * segment, chunk - segment)
+                total[:, :, :, pl.ds(start, segment)] = sums
 
         lax.fori_loop(0, count, one, None)
 
     out = pl.run_state(all_segments)(in_place | totals)
     for name in totals:
-        out[name] = out[name][:, :, :, :chunk].reshape(*parts[2:4], chunks * chunk, *parts[5:])
+        out[name] = out[name].reshape(*parts[2:4], chunks * chunk, *parts[5:])
     return {name: values.reshape(shapes[name].shape) if name in shapes else values for name, values in out.items()}

@@ -42,7 +42,8 @@ class Stretches:
         self.plan, self.steps, self.inp, self.out, self.scr = plan, steps, inp, out, scr
         self.b, self.c, self.columns = lax.axis_index("sample"), lax.axis_index("chunk"), blocks.my_columns(plan)
         before = (-(-chunk // segment) - 1 - inp["walked"][0]) * segment if "walked" in inp else 0
-        self.first, self.row = self.c * chunk + before, self.c * segment
+        # Segments count from the chunk's start: the last one may be shorter, and has the last rows.
+        self.first, self.row = self.c * chunk + before, self.c * segment + jnp.maximum(before + segment - chunk, 0)
         self.length = jnp.clip(jnp.minimum(chunk - before, plan.L - self.first), 0, segment)
         tiles = (self.length + steps - 1) // steps
         self.tiles = plan.save // steps  # of a stretch

@@ -31,9 +31,9 @@ def run(plan: Plan, arrays: dict[str, jax.Array], chunk: int, count: int, *, rev
 class _Summary(Pair):
     """The pair of the forward direction."""
 
-    def finish(self, n: Any) -> None:
+    def finish(self, n: Any, slot: Any) -> None:
         """Nothing but to wait for the other warps, whose tile will be overwritten."""
-        del n
+        del n, slot
         tl.sync()
 
     def scan(self) -> None:

@@ -47,7 +47,7 @@ def fill(plan: Plan, value: float) -> Array:
 
 def load_rows(plan: Plan, ref: Any, steps: int) -> Array:
     """A reference [steps, channels] -> float32, every element in one thread."""
-    return load(ref, plan.threads.over_steps(steps)).astype(F32)
+    return warp.widen(load(ref, plan.threads.over_steps(steps)), plan.threads.over_steps(steps))
 
 
 def load_parts(plan: Plan, ref: Any, m: int, steps: int) -> Array:
@@ -148,6 +148,14 @@ def sigmoid(dtype: Any, values: Array) -> Array:
     return 1.0 / (1.0 + jnp.exp(-values))
 
 
+def silu(dtype: Any, values: Array) -> Array:
+    """values * sigmoid(values)."""
+    if dtype == jnp.bfloat16:
+        half = 0.5 * values
+        return half * jnp.tanh(half) + half
+    return values * sigmoid(dtype, values)
+
+
 def softplus_slope(dt: Array) -> Array:
     """The derivative of softplus where it is dt; of small steps `sigmoid` in bfloat16 knows little."""
     return 1.0 - jnp.exp(-dt)
@@ -181,7 +189,7 @@ def load_ybar(plan: Plan, scr: Refs, slot: Any, m: int, steps: int, here: Array 
     if not plan.gate:
         return ybar
     z = keep(here, load_rows(plan, scr["z"].at[slot, m], steps))
-    return ybar * (z * sigmoid(plan.dtype, z))
+    return ybar * silu(plan.dtype, z)
 
 
 class Constants:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._compat import is_interpreted
 from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan, Threads
 
 Array = jax.Array
@@ -159,6 +160,32 @@ def load_vectors(plan: Plan, ref: Any, position: Callable[[int], list[Any]]) -> 
         return [array(threads, [v] * threads.vector) for v in numbers]
 
     return list(read(ref))
+
+
+def widen(values: Array, layout: Any) -> Array:
+    """An array as float32; of two neighbouring bfloat16 by one instruction each, where the compiler takes three."""
+    if values.dtype == F32 or is_interpreted():
+        return values.astype(F32)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(values.shape, F32, layout=layout))
+    def convert(ctx: Any, array: Any) -> Any:
+        del ctx
+        ir, arith, _, vector = dialects()
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+
+        def register(narrow: Any) -> Any:
+            count = narrow.type.shape[0]
+            words = vector.bitcast(ir.VectorType.get((count // 2,), i32), narrow)
+            halves = []
+            for word in (element(words, k) for k in range(count // 2)):
+                halves += [arith.shli(word, constant(16)), arith.andi(word, constant(-65536))]
+            return vector.from_elements(ir.VectorType.get((count,), f32), [arith.bitcast(f32, v) for v in halves])
+
+        registers = np.empty_like(array.registers)
+        registers.flat[:] = [register(narrow) for narrow in array.registers.flat]
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return convert(values)
 
 
 def barrier() -> None:
