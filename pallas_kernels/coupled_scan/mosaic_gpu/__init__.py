@@ -52,9 +52,9 @@ each step of a tile (on the tensor cores every other step of 32) and the partial
 arguments and results, the state entering every 128 steps (saved by the forward pass; on the tensor cores every 32, as
 bfloat16), without tensor cores that entering each tile of the stretch at hand (written and read again by the backward
 pass), and sums of dB and dC for each group of 64 channels. Those would be 17% of the inputs at S2, so that the backward
-pass is launched for up to eight segments of time, the last one first, and adds the groups' sums up after each
-(`segments`): 9% extra memory in all instead of 23%, and 0.1 ms more. Everything else is written in place, and the
-adjoint handed on. Nothing of size L x D x N, no atomic operation.
+pass is launched for up to six segments of time, the last one first, and adds the groups' sums up after each
+(`segments`): 9.5% extra memory in all instead of 23%, and 20 microseconds more for each. Everything else is written in
+place, and the adjoint handed on. Nothing of size L x D x N, no atomic operation.
 
 **Time in chunks.** Where B x D gives fewer blocks than multiprocessors, time is cut (`Plan.chunks`): a kernel finds
 each chunk's end state from zero and the product of its decays, a prefix over the chunks gives the entering states. The
@@ -71,9 +71,10 @@ costs its warp some 20 instructions, so the warps share them out (`blocks.fetch`
 **Copies out** of a tile that is contiguous in device memory become plain copies in Pallas, which stop neither at the
 end of a sample nor at that of its channels. `Plan.rows` and `Plan.forward` keep such tiles from reaching beyond.
 
-**What binds, and what was tried** (S2 on an H100, ms, unless said). Forward: 28 of 190 instructions a thread and step
-are the special-function unit's, which takes eight times as long for one: it is busy for 74% of the time, the schedulers
-for 63%.
+**What binds, and what was tried** (S2 on an H100, ms, unless said, in runs of ten calls; those of README's table are
+longer, and some 2% less a call). Forward: 28 of 184 instructions a thread and step are the special-function unit's,
+which takes eight times as long for one: it is busy for three quarters of the time, the schedulers for 60%. A scanning
+warp waits 26% of its time for that unit, 18% for another warp's turn and 20% for its own last instruction.
 
 - The scan without tensor cores (`forward`, still that of the other cases): 0.80; S3 0.60, S4 2.82.
 - Tensor cores, but the same warps prepare, scan and finish: 0.79; S3 0.71, S4 2.9. Warps wait instead of counting.
@@ -83,6 +84,8 @@ for 63%.
 - Two of the 24 powers of two a step by a polynomial instead of the special-function unit: 0.79, four 0.83, six 0.85.
 - The logarithm of softplus by a polynomial: 0.79; S3 0.56.
 - Twice as many chunks: S4 2.57.
+- Neighbouring bfloat16 widened by one instruction each, SiLU from half its argument, slots of tiles counted instead of
+  divided by three: 536 to 485 instructions a tile for what is not scanned, 0.71 to 0.70 (kept).
 - In `forward`: B and C as 16 bits from shared memory, 5 to 7% slower; one barrier a tile instead of two, 8% (S3).
 - In `forward`, with several slabs of states: B and C of all of them converted at once, no barriers between slabs: S1
   1.18 instead of 1.22 (kept).
@@ -107,6 +110,13 @@ what is done once a channel and step 28% and a third. Forward + backward at S2 (
 - d(log g), B times the adjoint and the sums for skip and dt_bias in fewer instructions and registers: 3.26.
 - Decays of a pair's first step computed while the pair before is walked: 3.23, though those of a tile's first pair are
   computed once too often. Without that, by a branch 3.43, by a copy of the code 3.37; the second step's as well 3.52.
+- bfloat16 widened as above: 3.26 to 3.18 (kept). Eight segments of time 3.17, four 3.12, one 3.11, with 8.8, 10.8 and
+  22.6% extra memory (six kept: 9.5%).
+- The four pairs of a tile written out instead of a loop, which saves 5% of the instructions: 3.50, two pairs 3.53; both
+  are more code than the 12 kB nearest to a scheduler.
+- Sums of each pair of products of A kept apart for the tensor cores, to shorten their chain: 3% more instructions.
+- One launch, whose blocks wait for each other's sums in device memory: not run, would save up to 0.1 and hang where not
+  all blocks of a sample fit onto the chip at once.
 - Something that keeps the compiler from computing a step's powers of two at once: 3.29. Two of 24 of them by a
   polynomial in the walks forwards: 3.21, six not run.
 - One warpgroup walks backwards, another finds states, prepares and finishes: backward pass 3.8 instead of 3.0. One

@@ -52,15 +52,10 @@ def _scratch(plan: Plan, tiling: Tiling) -> dict[str, Any]:
     if plan.flagged:
         scratch["flags"] = smem((blocks.STAGES, steps, plan.flags), F32)
     if not tight:
-        scratch["history"] = smem(_history(plan, steps), F32)
+        scratch["history"] = smem((steps, plan.S, threads.rows // 4, THREADS, 4), F32)
     if plan.slabs > 1 and not tight:
         scratch["carry"] = smem((plan.slabs, plan.S, threads.lanes, threads.rows, channels), F32)
     return scratch
-
-
-def _history(plan: Plan, steps: int) -> tuple[int, ...]:
-    """Shape of the states entering the steps of a tile."""
-    return steps, plan.S, plan.threads.rows // 4, THREADS, 4
 
 
 def run(
@@ -125,7 +120,8 @@ def shapes(plan: Plan, chunk: int, segment: int, tiling: Tiling) -> dict[str, An
     if not plan.threads.tensor:
         out["entries"] = jax.ShapeDtypeStruct((chunks, -(-min(plan.save, plan.L) // steps), *state), F32)
     if tight:
-        out["history"] = jax.ShapeDtypeStruct((chunks, plan.B, plan.groups, *_history(plan, steps)), F32)
+        history = (chunks, plan.B, plan.groups, steps, plan.S, plan.threads.rows // 4, THREADS, 4)
+        out["history"] = jax.ShapeDtypeStruct(history, F32)
     if plan.gate:
         out["dz"] = large
     if plan.threads.tensor:
