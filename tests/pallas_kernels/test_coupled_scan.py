@@ -301,7 +301,8 @@ def test_permuting_the_modalities_permutes_the_outputs(scan, coupling, readout):
 @pytest.mark.parametrize("coupling", ["shared", "full"])
 def test_normalised_coupling_bounds_the_state_of_a_long_sequence(scan, coupling, dtype):
     """|H_t| <= |H_{t-1}| + SUM_m |u_t^m| (shared), max_m |h_t^m| <= max_m |h_{t-1}^m| + max_m |u_t^m| (full)."""
-    case = Case(M=3, B=1, L=65_536, D=1, N=4, dtype=dtype, coupling=coupling, dt_softplus=False)
+    length = 65_536 if dtype == "float32" else 8192  # step by step in bfloat16 a CPU takes minutes
+    case = Case(M=3, B=1, L=length, D=1, N=4, dtype=dtype, coupling=coupling, dt_softplus=False)
     inputs = make_inputs(case)
     # A slow decay; C = e_0 shows the first state in y.
     inputs["A"] = jnp.full_like(inputs["A"], -1e-3)

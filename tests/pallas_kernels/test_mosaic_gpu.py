@@ -75,19 +75,14 @@ def test_garbage_in_masked_places_leaks_nowhere():
 
 @needs_ragged_copies
 @pytest.mark.parametrize(
-    ("length", "segment"),
+    ("coupling", "dtype", "sizes", "length", "segment"),
     [
-        (77, 32),  # the last segment of a chunk is shorter
-        (39, 16),  # the last chunk lacks a segment
-    ],
-)
-@pytest.mark.parametrize(
-    ("coupling", "dtype", "sizes"),
-    [
-        ("shared", "float32", {"M": 2, "N": 4}),
-        ("shared", "bfloat16", {"M": 3, "N": 4}),  # on the tensor cores, both ways
-        ("independent", "float32", {"M": 2, "N": 4}),
-        ("full", "float32", {"M": 2, "N": 20}),  # with little shared memory
+        # The last segment of a chunk is shorter, or the last chunk lacks one.
+        ("shared", "float32", {"M": 2, "N": 4}, 77, 32),
+        ("shared", "bfloat16", {"M": 3, "N": 4}, 77, 32),  # on the tensor cores, both ways
+        ("shared", "bfloat16", {"M": 3, "N": 4}, 39, 16),
+        ("independent", "float32", {"M": 2, "N": 4}, 39, 16),
+        ("full", "float32", {"M": 2, "N": 20}, 77, 32),  # with little shared memory
     ],
 )
 def test_time_in_chunks_segments_and_stretches(coupling, dtype, sizes, length, segment, monkeypatch):

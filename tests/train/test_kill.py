@@ -16,7 +16,7 @@ import tiny
 from cmamba_jax.train import load_run
 from cmamba_jax.train.state import split_model
 
-KILLS = int(os.environ.get("CMAMBA_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("CMAMBA_TEST_KILLS", "2"))
 """How often the run is killed; CONTRIBUTING.md names the variable."""
 EPOCHS = 20 * KILLS
 
