@@ -126,9 +126,11 @@ def test_a_batch_of_problems_whose_time_is_cut_into_segments(monkeypatch):
 @needs_ragged_copies
 def test_uncoupled_modalities_that_would_be_tight_together_are_scanned_one_by_one(monkeypatch):
     case = Case(M=2, B=1, L=3, D=2, N=4, coupling="independent", **EVERYTHING)
-    choose = backward.choose_tiling
+    choose, split, scanned = backward.choose_tiling, mosaic_gpu._modality, []
     monkeypatch.setattr(backward, "choose_tiling", lambda plan: choose(plan)._replace(tight=plan.M > 1))
+    monkeypatch.setattr(mosaic_gpu, "_modality", lambda p, m: scanned.append(m) or split(p, m))
     suite.test_forward_and_every_gradient(scan_and_vjp, case)
+    assert set(scanned) == {0, 1}
 
 
 def test_time_is_cut_only_where_multiprocessors_would_idle():

@@ -11,7 +11,11 @@ import sys
 import pytest
 
 from cmamba_jax.bench import topology
+from cmamba_jax.bench.tpu_compile import abstract_inputs
 from pallas_kernels.coupled_scan.cases import BENCHMARKS, Case
+from pallas_kernels.coupled_scan.mosaic_gpu import backward
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import Plan
+from pallas_kernels.coupled_scan.types import Problem
 
 if not topology.gpu_available():
     pytest.skip(topology.GPU_MISSING, allow_module_level=True)
@@ -25,8 +29,9 @@ CASES = {
     "independent": Case(M=2, B=2, L=700, D=72, N=32, coupling="independent", **EVERYTHING),
     "full": Case(M=3, B=2, L=70, D=200, N=128, coupling="full", readout="shared", **EVERYTHING),  # a tight tiling
     "plain": Case(M=1, B=1, L=5, D=3, N=4, dt_softplus=False),
+    "narrow": Case(M=4, B=1, L=9, D=72, N=128, dtype="bfloat16", gate=True, mask=True),  # an element a thread and tile
 }
-KERNELS = {"S1": 2, "S2": 2, "S4": 4, "independent": 4, "full": 2, "plain": 2}
+KERNELS = {"S1": 2, "S2": 2, "S4": 4, "independent": 4, "full": 2, "plain": 2, "narrow": 2}
 SCRIPT = pathlib.Path(__file__).with_name("compile_gpu.py")
 
 
@@ -54,6 +59,11 @@ def test_forward_and_backward_compile(records, name):
     assert record["error"] is None
     # Forward and backward; where time is cut, a summary of the chunks before each.
     assert record["kernels"] == KERNELS[name]
+
+
+def test_the_case_of_a_tight_tiling_is_one():
+    case = CASES["full"]
+    assert backward.choose_tiling(Plan.of(Problem(**abstract_inputs(case), readout=case.readout))).tight
 
 
 def test_nothing_of_size_l_times_d_times_n_is_kept(records):

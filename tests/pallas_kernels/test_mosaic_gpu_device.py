@@ -90,6 +90,8 @@ MEASURED_CASES = [
     Case(M=8, B=2, L=45, D=72, N=128, coupling="full", **suite.EVERYTHING),
     Case(M=8, B=1, L=300, D=200, N=16, coupling="full", dtype="bfloat16", readout="shared", **suite.EVERYTHING),
     Case(M=7, B=1, L=600, D=40, N=100, coupling="independent", readout="shared", **suite.EVERYTHING),
+    # Narrow blocks with tiles of four steps.
+    Case(M=4, B=1, L=9, D=72, N=128, mask=True, **MEASURED),
     # Chunks of time with states that do not fill a slab.
     Case(M=3, B=1, L=900, D=40, N=4, **MEASURED),
 ]

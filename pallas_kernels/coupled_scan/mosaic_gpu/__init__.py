@@ -71,8 +71,8 @@ costs its warp some 20 instructions, so the warps share them out (`blocks.fetch`
 **Copies out** of a tile that is contiguous in device memory become plain copies in Pallas, which stop neither at the
 end of a sample nor at that of its channels. `Plan.rows` and `Plan.forward` keep such tiles from reaching beyond.
 
-**What binds, and what was tried** (S2 on an H100, ms, unless said, in runs of ten calls; those of README's table are
-longer, and some 2% less a call). Forward: 28 of 184 instructions a thread and step are the special-function unit's,
+**What binds, and what was tried** (S2 on an H100, ms, unless said, in runs of ten calls, shorter than those of README's
+table). Forward: 28 of 184 instructions a thread and step are the special-function unit's,
 which takes eight times as long for one: it is busy for three quarters of the time, the schedulers for 60%. A scanning
 warp waits 26% of its time for that unit, 18% for another warp's turn and 20% for its own last instruction.
 
@@ -112,8 +112,8 @@ what is done once a channel and step 28% and a third. Forward + backward at S2 (
   computed once too often. Without that, by a branch 3.43, by a copy of the code 3.37; the second step's as well 3.52.
 - bfloat16 widened as above: 3.26 to 3.18 (kept). Eight segments of time 3.17, four 3.12, one 3.11, with 8.8, 10.8 and
   22.6% extra memory (six kept: 9.5%).
-- The four pairs of a tile written out instead of a loop, which saves 5% of the instructions: 3.50, two pairs 3.53; both
-  are more code than the 12 kB nearest to a scheduler.
+- The four pairs of a tile written out instead of a loop, which saves 5% of the instructions: 3.50, two pairs 3.53;
+  perhaps for the code's size, 40 and 20 kB instead of 10.
 - Sums of each pair of products of A kept apart for the tensor cores, to shorten their chain: 3% more instructions.
 - One launch, whose blocks wait for each other's sums in device memory: not run, would save up to 0.1 and hang where not
   all blocks of a sample fit onto the chip at once.

@@ -14,7 +14,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import is_interpreted
-from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, Plan, Threads
+from pallas_kernels.coupled_scan.mosaic_gpu.plan import F32, THREADS, Plan, Threads
 
 Array = jax.Array
 
@@ -164,7 +164,8 @@ def load_vectors(plan: Plan, ref: Any, position: Callable[[int], list[Any]]) -> 
 
 def widen(values: Array, layout: Any) -> Array:
     """An array as float32; of two neighbouring bfloat16 by one instruction each, where the compiler takes three."""
-    if values.dtype == F32 or is_interpreted():
+    alone = values.size <= THREADS  # a thread has one element, no neighbours
+    if values.dtype == F32 or alone or is_interpreted():
         return values.astype(F32)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(values.shape, F32, layout=layout))
